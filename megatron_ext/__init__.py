@@ -1,0 +1,1 @@
+"""Pretraining of discrete diffusion language models on megatron-core."""
