@@ -1,0 +1,1 @@
+"""Checkpoints: sharded training checkpoints and the published Hugging Face names."""

@@ -1,0 +1,1 @@
+"""The model on megatron-core: specs, attention, norms, initial weights."""

@@ -1,0 +1,129 @@
+"""Self-attention on megatron-core's fused QKV and output projections.
+
+    hidden   [s/cp(/tp), b, h]   split on cp, and on tp under sequence parallelism
+    q, k, v  [s/cp, b, a/tp, d]  heads split on tp
+    mask     [b, s/cp, s] bool   this rank's queries against all keys; same on tp
+
+Collectives per layer beyond megatron-core's: two numbers per token over tp for the full-width
+norm of queries and keys, and one all-gather of K and V over cp (reduce-scatter backward).
+Attention is bidirectional, so contiguous pieces of the sequence balance the work over cp.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.kernels.attention import attention_reference
+from megatron_ext.model.norms import SplitRMSNorm, normalize_pair
+from megatron_ext.model.rotary import rotate
+from megatron_ext.parallel.collectives import gather_sequence
+
+from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
+from megatron.core.transformer.attention import SelfAttention  # isort: skip
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # isort: skip
+
+
+class AttentionCore(torch.nn.Module):
+    """Softmax attention of local queries over all keys; holds the key/value token.
+
+    `k_bias`, `v_bias` [a/tp, d] are split on tp by heads, neither normalised nor rotated.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        softcap: float | None,
+        kv_bias_token: bool,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        del layer_number, unused
+        self.softcap = softcap
+        self.cp_group = pg_collection.cp
+        self.k_bias = self.v_bias = None
+        if kv_bias_token:
+            shape = (config.num_attention_heads // pg_collection.tp.size(), config.kv_channels)
+            device = torch.cuda.current_device() if torch.cuda.is_available() else None
+            for name in ("k_bias", "v_bias"):
+                parameter = torch.nn.Parameter(
+                    torch.zeros(shape, dtype=config.params_dtype, device=device)
+                )
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+                parameter.partition_dim = 0  # type: ignore[attr-defined]
+                parameter.partition_stride = 1  # type: ignore[attr-defined]
+                setattr(self, name, parameter)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **unused: Any
+    ) -> Tensor:
+        """Return [s/cp, b, h/tp]."""
+        del unused
+        if self.cp_group.size() > 1:
+            key, value = gather_sequence(torch.stack([key, value], dim=1), self.cp_group).unbind(1)
+        output = attention_reference(
+            query, key, value, mask,
+            softcap=self.softcap, k_bias=self.k_bias, v_bias=self.v_bias,
+        )  # fmt: skip
+        return output.flatten(2)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        del metadata
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"k_bias": 0, "v_bias": 0},
+            sharded_offsets,
+        )
+
+
+class DiffusionSelfAttention(SelfAttention):
+    """megatron-core's projections around normalised, rotated, bidirectional attention."""
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, full_width_norm: bool, **kwargs: Any
+    ) -> None:
+        without_bias = copy.copy(config)
+        without_bias.add_bias_linear = False
+        super().__init__(without_bias, *args, **kwargs)
+        self.q_norm = self.k_norm = None
+        if full_width_norm:
+            width, eps = self.query_projection_size, config.layernorm_epsilon
+            self.q_norm = SplitRMSNorm(config, width, eps, self.tp_group)
+            self.k_norm = SplitRMSNorm(config, width, eps, self.tp_group)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [s/cp, b, a/tp, d], normalised but not rotated."""
+        fused, _ = self.linear_qkv(hidden)
+        heads = (self.num_attention_heads_per_partition, 3 * self.hidden_size_per_attention_head)
+        query, key, value = fused.unflatten(-1, heads).chunk(3, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            flat = normalize_pair(query.flatten(2), key.flatten(2), self.q_norm, self.k_norm)
+            query, key = (x.view(value.shape) for x in flat)
+        return query, key, value
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`rotary_pos_emb` [s/cp, d/2] are this rank's angles. Returns (output, no bias)."""
+        del unused
+        query, key, value = self.project(hidden_states)
+        if rotary_pos_emb is not None:
+            query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
+        if self.checkpoint_core_attention and self.training:
+            output = self._checkpointed_attention_forward(query, key, value, attention_mask)
+        else:
+            output = self.core_attention(query, key, value, attention_mask)
+        return self.linear_proj(output)

@@ -1,0 +1,87 @@
+"""RMSNorm with a float32 gain, and its variant over a width that is split on tp.
+
+    y = g x / sqrt(mean(x^2) + eps),  g = 1 + weight when the gain is zero-centred
+
+Statistics and gain are float32 (float64 for float64 inputs); the result has the input's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.parallel.collectives import all_reduce_sum
+
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # isort: skip
+
+
+class RMSNorm(torch.nn.Module):
+    """Norm over the last dimension of [s, b, h]; built by megatron-core's specs.
+
+    `weight` [h] float32, same on tp. Under sequence parallelism its gradient is partial on tp and
+    marked so that megatron-core reduces it.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        gain = self.weight.to(exact) + self.offset
+        return torch.nn.functional.rms_norm(x.to(exact), gain.shape, gain, self.eps).to(x.dtype)
+
+
+class SplitRMSNorm(torch.nn.Module):
+    """RMSNorm of queries and keys over the full width while each tp rank holds its heads.
+
+    `weight` [width/tp] float32, split on tp. One all-reduce of two numbers per token serves
+    queries and keys together (`normalize_pair`).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        width: int,
+        eps: float,
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        super().__init__()
+        self.width, self.eps, self.tp_group = width, eps, tp_group
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self.weight = torch.nn.Parameter(torch.zeros(width // tp_group.size(), device=device))
+        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.weight.partition_dim = 0  # type: ignore[attr-defined]
+        self.weight.partition_stride = 1  # type: ignore[attr-defined]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        del metadata
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets
+        )
+
+    def scaled(self, x: Tensor, sum_of_squares: Tensor) -> Tensor:
+        """`x` [..., width/tp] normalised by its row's sum of squares [..., 1] over the full width."""
+        exact = sum_of_squares.dtype
+        inverse = torch.rsqrt(sum_of_squares / self.width + self.eps)
+        return (x.to(exact) * inverse * (self.weight.to(exact) + self.offset)).to(x.dtype)
+
+
+def normalize_pair(
+    query: Tensor, key: Tensor, query_norm: SplitRMSNorm, key_norm: SplitRMSNorm
+) -> tuple[Tensor, Tensor]:
+    """Normalise queries and keys [s, b, width/tp] over the full width with one all-reduce."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    squares = torch.stack([x.to(exact).square().sum(-1) for x in (query, key)])
+    query_squares, key_squares = all_reduce_sum(squares, query_norm.tp_group).unsqueeze(-1)
+    return query_norm.scaled(query, query_squares), key_norm.scaled(key, key_squares)

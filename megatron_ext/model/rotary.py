@@ -1,0 +1,22 @@
+"""Rotary position embedding, half-split ("neox") over the whole head width, in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(positions: Tensor, head_width: int, base: float) -> Tensor:
+    """Angles [s, head_width / 2] in float32 of `positions` [s]; angle = p base^(-2i / d)."""
+    exponent = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
+    frequency = 1.0 / base ** (exponent / head_width)
+    return torch.outer(positions.float(), frequency)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate `x` [s, b, a, d] by `angles` [s, d / 2]; the result has the dtype of `x`."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    cos = angles.cos().to(exact)[:, None, None]
+    sin = angles.sin().to(exact)[:, None, None]
+    first, second = x.to(exact).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
