@@ -1,0 +1,122 @@
+"""Complete or absent: how a checkpoint folder becomes visible, and how damage is found.
+
+    <save>/latest                 step of the newest complete checkpoint
+    <save>/iter_0000100/          a complete checkpoint; manifest.json lists every file
+    <save>/iter_0000100.partial/  one that is being written, or that a killed run left behind
+
+A checkpoint is written under its `.partial` name, read back once for checksums, renamed, and only
+then named by `latest`. A reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    return root / f"iter_{step:07d}"
+
+
+def partial_folder(root: Path, step: int) -> Path:
+    return root / f"iter_{step:07d}.partial"
+
+
+def complete_steps(root: Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending."""
+    return sorted(
+        int(path.parent.name.removeprefix("iter_"))
+        for path in root.glob(f"iter_*/{MANIFEST}")
+        if path.parent.name.removeprefix("iter_").isdigit()
+    )
+
+
+def latest_step(root: Path) -> int | None:
+    """The step that `latest` names, or `None` where nothing was saved."""
+    pointer = root / LATEST
+    return int(pointer.read_text()) if pointer.is_file() else None
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by a file with `text`, durable before it becomes visible."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _fsync(path.parent)
+
+
+def payload_files(folder: Path) -> list[Path]:
+    """Every file of a checkpoint but its manifest, in a fixed order."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, int | str]]:
+    """Size and SHA-256 of the named files."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
+        for name in names
+    }
+
+
+def publish(root: Path, step: int, files: dict[str, dict[str, int | str]]) -> None:
+    """Turn the partial folder of `step` into a checkpoint and point `latest` at it."""
+    partial, final = partial_folder(root, step), checkpoint_folder(root, step)
+    for name in files:
+        _fsync(partial / name)
+    write_atomically(partial / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _fsync(root)
+    write_atomically(root / LATEST, f"{step}\n")
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"--load: {folder} is not a complete checkpoint: it has no {MANIFEST}.")
+    return json.loads(path.read_text())["files"]
+
+
+def damaged_files(folder: Path, expected: dict[str, dict[str, int | str]]) -> list[str]:
+    """What is wrong with the files listed in `expected`, one line each; empty when all is well."""
+    problems = []
+    for name, facts in expected.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != facts["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}")
+        elif file_digest(path) != facts["sha256"]:
+            problems.append(f"{name} does not match its checksum")
+    return problems
+
+
+def remove_old(root: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints (0 keeps all) and abandoned partial ones."""
+    newest = latest_step(root)
+    for step in complete_steps(root)[:-keep_last] if keep_last else []:
+        if step != newest:
+            shutil.rmtree(checkpoint_folder(root, step))
