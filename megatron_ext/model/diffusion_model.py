@@ -38,6 +38,7 @@ from megatron.core.tensor_parallel import (  # isort: skip
 )
 from megatron.core.transformer.module import MegatronModule  # isort: skip
 from megatron.core.transformer.transformer_block import TransformerBlock  # isort: skip
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint  # isort: skip
 
 
@@ -62,12 +63,12 @@ class OutputHead(MegatronModule):
     def __init__(
         self,
         config: Config,
+        engine: TransformerConfig,
         vocab_size: int,
         schedule: MixingSchedule,
         tp_group: torch.distributed.ProcessGroup,
         weight: torch.nn.Parameter | None,
     ) -> None:
-        engine = transformer_config(config)
         super().__init__(config=engine)
         self.settings, self.vocab_size, self.schedule = config, vocab_size, schedule
         self.tp_group = tp_group
@@ -191,7 +192,7 @@ class DiffusionModel(MegatronModule):
             tied = None
             if not model.untie_embeddings_and_output_weights:
                 tied = self.embedding.word_embeddings.weight
-            self.output_layer = OutputHead(config, vocab_size, schedule, groups.tp, tied)
+            self.output_layer = OutputHead(config, engine, vocab_size, schedule, groups.tp, tied)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Receive the previous stage's hidden states (megatron-core's pipeline schedules)."""

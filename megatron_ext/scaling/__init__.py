@@ -1,0 +1,1 @@
+"""FLOPs, memory, time and scaling laws; numbers only, no megatron."""
