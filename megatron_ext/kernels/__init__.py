@@ -1,0 +1,1 @@
+"""Operations with a reference and faster implementations. torch only; process groups are arguments."""
