@@ -12,7 +12,6 @@ from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.model.diffusion_model import DiffusionModel
 from megatron_ext.model.init import initialize_weights
 from megatron_ext.model.translate import transformer_config
-from megatron_ext.optim.build import build_optimizer
 from megatron_ext.training.step import gradient_finalizer
 
 from megatron.core.distributed import (  # isort: skip
@@ -150,20 +149,3 @@ def _connect(chunks: list[DistributedDataParallel], config: Config) -> None:
         engine.grad_sync_func = one_or_list([chunk.start_grad_sync for chunk in chunks])
     if config.parallel.overlap_param_gather:
         engine.param_sync_func = one_or_list([chunk.start_param_sync for chunk in chunks])
-
-
-def build_training_optimizer(
-    config: Config, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection
-) -> Any:
-    """LaProp or AdamW with this run's parameter groups inside megatron-core's optimizer."""
-    return build_optimizer(
-        chunks,
-        config.optimizer,
-        hidden_size=config.model.hidden_size,
-        num_layers=config.model.num_layers,
-        bf16=config.precision.bf16,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        master_weights=config.precision.master_weights,
-        groups=groups,
-    )
-

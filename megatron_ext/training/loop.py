@@ -21,6 +21,7 @@ from megatron_ext.data.batches import BatchSource, MicroBatch, RankPosition, pre
 from megatron_ext.data.dataset import Datasets
 from megatron_ext.optim.build import (
     apply_schedule,
+    build_optimizer,
     learning_rates,
     optimizer_step,
     schedule_of,
@@ -31,7 +32,6 @@ from megatron_ext.training.build import (
     build_data,
     build_model,
     build_schedule,
-    build_training_optimizer,
     resolve_vocabulary,
 )
 from megatron_ext.training.evaluation import evaluate
@@ -80,7 +80,7 @@ class Trainer:
         )
         source = BatchSource(data.train, schedule, config, rank, vocabulary.pad_token_id)
         model = build_model(config, vocabulary.size, schedule, groups)
-        optimizer = build_training_optimizer(config, model, groups)
+        optimizer = build_optimizer(model, config, groups)
         device = device_of_rank()
         return cls(config, groups, device, vocabulary, data, source, model, optimizer)
 

@@ -1,0 +1,5 @@
+"""Optimizers, CompleteP parameter groups and the learning-rate schedule."""
+
+from megatron_ext.optim.laprop import AdamW, LaProp
+
+__all__ = ["AdamW", "LaProp"]
