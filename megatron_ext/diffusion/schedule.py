@@ -48,6 +48,20 @@ class MixingSchedule:
             )
         if self.vocab_size < 2:
             raise ValueError(f"--vocab-size is {self.vocab_size}: give 2 or more.")
+        if not 0 <= self.scale <= 1:
+            raise ValueError(
+                f"--mixing-scale is {self.scale}: the process is a Markov chain for 0 to 1 only."
+            )
+        if self.min_log_snr >= self.max_log_snr:
+            raise ValueError(
+                f"--min-log-snr is {self.min_log_snr}: "
+                f"it must be below --max-log-snr ({self.max_log_snr})."
+            )
+
+    @property
+    def is_mask_only(self) -> bool:
+        """No uniform noise worth a float32 at any log-SNR: s < 1e-30."""
+        return self.scale * self.max_log_snr + self.shift < math.log(1e-30)
 
     @property
     def time_bounds(self) -> tuple[float, float]:
@@ -83,7 +97,9 @@ class MixingSchedule:
         """Derivative of `pi_at` by the log-SNR."""
         share = self.uniform_share(log_snr)
         slope = self.scale * share * (1 - share)
-        return torch.where(ids == self.mask_token_id, -slope, slope / (self.vocab_size - 1))
+        # A product here and a quotient in `pi_at`: their difference cancels, and the reference's
+        # rounding is in the recorded weights.
+        return torch.where(ids == self.mask_token_id, -slope, slope * (1 / (self.vocab_size - 1)))
 
     def pi(self, log_snr: Tensor) -> Tensor:
         """The noise distribution [..., v]."""
@@ -114,6 +130,10 @@ class MixingSchedule:
         `xt`, `log_snr_t`, `log_snr_s` [...]. With a = alpha_t / alpha_s:
 
             p(z_s | z_t) = q_s(z_s) (a [z_s = z_t] + (beta_t pi_t - a beta_s pi_s)[z_t]) / q_t(z_t)
+
+        Where q_t(xt) = 0 the formula is 0 / 0. A denoiser that rules out a revealed token of a
+        process without uniform noise cannot change it: xt stays. A mask token that the process
+        does not produce says nothing: the distribution is q_s.
         """
         at_xt = xt.unsqueeze(-1)
         alpha_t, alpha_s = self.alpha(log_snr_t), self.alpha(log_snr_s)
@@ -123,8 +143,11 @@ class MixingSchedule:
         jump = (noise_t - ratio * noise_s).clamp_min(0)
         total = alpha_t * probs.gather(-1, at_xt).squeeze(-1) + noise_t
         q_s = self.marginal(log_snr_s, probs)
-        stay = torch.zeros_like(probs).scatter_(-1, at_xt, 1.0) * ratio.unsqueeze(-1)
-        return q_s * (stay + jump.unsqueeze(-1)) / total.unsqueeze(-1)
+        at = torch.zeros_like(probs).scatter_(-1, at_xt, 1.0)
+        joint = q_s * (at * ratio.unsqueeze(-1) + jump.unsqueeze(-1))
+        impossible = torch.where(at_xt == self.mask_token_id, q_s, at)
+        total = total.unsqueeze(-1)
+        return torch.where(total > 0, joint / total, impossible)
 
     def _raw_weight(self, log_snr: Tensor, xt: Tensor, x0: Tensor) -> Tensor:
         noise, slope = self.pi_at(log_snr, xt), self.pi_prime_at(log_snr, xt)
