@@ -8,6 +8,7 @@ records with a warning, cut work by whole files only, and open output files unde
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -139,22 +140,26 @@ def _executor(folder: Path, num_tasks: int, config: ExecutorConfig) -> PipelineE
     )
 
 
-def _package_root() -> str:
-    return str(Path(megatron_ext.__file__).resolve().parents[1])
+def _python_path() -> str:
+    """PYTHONPATH under which a process on another machine finds this package."""
+    root = str(Path(megatron_ext.__file__).resolve().parents[1])
+    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
 
 def _start_ray() -> None:
     import ray
 
     if not ray.is_initialized():
-        ray.init(runtime_env={"env_vars": {"PYTHONPATH": _package_root()}})
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": _python_path()}})
 
 
 def _submit(folder: Path, num_tasks: int, config: ExecutorConfig) -> None:
     """Submit the array and, depending on its success, the merge."""
     activate = Path(sys.prefix) / "bin/activate"
-    command = config.slurm_env_command or (f"source {activate}" if activate.is_file() else ":")
-    command += f"\nexport PYTHONPATH={_package_root()}${{PYTHONPATH:+:$PYTHONPATH}}"
+    command = config.slurm_env_command or (
+        f"source {shlex.quote(str(activate))}" if activate.is_file() else ":"
+    )
+    command += f"\nexport PYTHONPATH={shlex.quote(_python_path())}"
     common = {
         "time": config.slurm_time,
         "partition": config.slurm_partition,

@@ -339,7 +339,7 @@ def merge(folder: Path) -> dict[str, Any]:
         tokenizer_fingerprint=tokenizer.fingerprint,
         flag="--output-prefix",
     )
-    _remove_parts(folder, len(job.tasks))
+    _remove_parts(folder)
     return manifest
 
 
@@ -379,11 +379,10 @@ def _manifest(
     }
 
 
-def _remove_parts(folder: Path, num_tasks: int) -> None:
+def _remove_parts(folder: Path) -> None:
     """Delete what the merge used up, `job.json` last; logs stay for whoever wrote them."""
-    for task in range(num_tasks):
-        for suffix in ("bin", "idx", "json", "scan.json"):
-            Path(f"{part(folder, task)}.{suffix}").unlink(missing_ok=True)
+    for path in folder.glob("[0-9]*.*"):
+        path.unlink()
     (folder / "job.json").unlink(missing_ok=True)
     load_job.cache_clear()
 

@@ -1,11 +1,18 @@
-"""The GIDD loss as the paper writes it: dense over the vocabulary, differentiated by autograd.
+"""The training objective as its definition reads: the dense reference, plain torch and autograd.
 
-This is the definition that every other implementation is tested against (arXiv 2512.10858,
-equation of the loss; weights in `MixingSchedule`):
+    logits      [..., v']  any float dtype, v' >= v; columns from v on are padding
+    xt, x0      [...]      int64, noised and clean token ids; same shape
+    log_snr     [...]      float, noise level per token
 
-    q = alpha onehot(x0) + beta pi        p = alpha softmax(logits) + beta pi
-    KL = sum_j q_j (log q_j - log p_j)    IS = q_z / p_z - log(q_z / p_z) - 1,  z = xt
-    loss = w (KL + beta_is IS)            elbo = w_elbo (KL + IS)
+With p = softmax(logits without the mask token), phat = alpha p + beta pi and
+q = alpha onehot(x0) + beta pi, per token
+
+    KL = sum_j q_j (log q_j - log phat_j)
+    IS = q_z / phat_z - log(q_z / phat_z) - 1           z = xt
+    loss = w (KL + beta_is IS),   elbo = w_e (KL + IS)
+
+(arXiv 2512.10858, the bound of section 3 with p(lambda) := 1 in the weight of the loss). It holds
+about ten [..., v] tensors at once. `kernels.gidd_loss` computes the same without them.
 """
 
 from __future__ import annotations
@@ -17,25 +24,28 @@ from torch import Tensor
 
 from megatron_ext.diffusion.schedule import MixingSchedule
 
-MASK_LOGIT = -1e6
-RATIO_EPSILON = 1e-12
+IS_EPSILON = 1e-12
+"""Added to the denominator of q_z / phat_z."""
+
+_MASK_LOGIT = -1e6
 
 
 class GiddLoss(NamedTuple):
-    """Per-token values in nats, float32 (float64 for float64 inputs), the shape of `xt`."""
+    """Per-token values, float32 (float64 for float64 inputs). Only `loss` carries a gradient."""
 
     loss: Tensor
-    """Training loss; the only differentiable part."""
+    """w (KL + beta_is IS), what is trained."""
     elbo: Tensor
-    """The token's share of the bound on the negative log-likelihood."""
+    """w_e (KL + IS): nats; its mean over noise levels bounds the negative log-likelihood."""
     kl: Tensor
-    """Loss weight times KL."""
+    """w KL."""
     is_div: Tensor
-    """Loss weight times Itakura-Saito divergence, without beta_is."""
+    """w IS, without the factor beta_is."""
 
 
-def _floored_log(x: Tensor) -> Tensor:
-    return x.clamp_min(torch.finfo(x.dtype).tiny).log()
+def work_dtype(values: Tensor) -> torch.dtype:
+    """float64 for float64 `values`, float32 for every other dtype."""
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def dense_gidd_loss(
@@ -44,23 +54,32 @@ def dense_gidd_loss(
     x0: Tensor,
     log_snr: Tensor,
     schedule: MixingSchedule,
-    *,
     beta_is: float = 1.0,
 ) -> GiddLoss:
-    """Losses of `logits` [..., v] (true vocabulary) at `xt`, `x0` int64 and `log_snr` [...]."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    logits, log_snr = logits.to(exact), log_snr.to(exact)
-    is_mask = torch.arange(logits.shape[-1], device=logits.device) == schedule.mask_token_id
-    denoised = torch.softmax(logits.masked_fill(is_mask, MASK_LOGIT), dim=-1)
-    clean = torch.nn.functional.one_hot(x0, schedule.vocab_size).to(exact)
-    p, q = schedule.marginal(log_snr, denoised), schedule.marginal(log_snr, clean)
-    log_p, log_q = _floored_log(p), _floored_log(q)
-    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-    p_z, q_z, log_p_z, log_q_z = (
-        x.gather(-1, xt.unsqueeze(-1)).squeeze(-1) for x in (p, q, log_p, log_q)
+    """Loss per token; differentiable in `logits` through `loss`."""
+    dtype = work_dtype(logits)
+    log_snr = log_snr.to(dtype)
+    logits = logits[..., : schedule.vocab_size].to(dtype)
+    is_mask = torch.arange(schedule.vocab_size, device=logits.device) == schedule.mask_token_id
+    probs = torch.softmax(logits.masked_fill(is_mask, _MASK_LOGIT), dim=-1)
+
+    clean = torch.zeros_like(probs).scatter_(-1, x0.unsqueeze(-1), 1.0)
+    q, phat = schedule.marginal(log_snr, clean), schedule.marginal(log_snr, probs)
+    log_q, log_phat = _floored_log(q), _floored_log(phat)
+    kl = (log_q.exp() * (log_q - log_phat)).sum(-1)
+    q_z, phat_z, log_q_z, log_phat_z = (
+        x.gather(-1, xt.unsqueeze(-1)).squeeze(-1) for x in (q, phat, log_q, log_phat)
     )
-    is_div = q_z / (p_z + RATIO_EPSILON) - (log_q_z - log_p_z) - 1
+    is_div = q_z / (phat_z + IS_EPSILON) - (log_q_z - log_phat_z) - 1
+
     weight = schedule.loss_weight(log_snr, xt, x0)
-    elbo = schedule.elbo_weight(log_snr, xt, x0) * (kl + is_div)
+    elbo_weight = schedule.elbo_weight(log_snr, xt, x0)
     loss = weight * (kl + beta_is * is_div)
-    return GiddLoss(loss, elbo.detach(), (weight * kl).detach(), (weight * is_div).detach())
+    kl, is_div = kl.detach(), is_div.detach()
+    return GiddLoss(loss, elbo_weight * (kl + is_div), weight * kl, weight * is_div)
+
+
+def _floored_log(u: Tensor) -> Tensor:
+    """log u, and the log of the smallest normal number (without gradient) where u <= 0."""
+    positive = u > 0
+    return torch.where(positive, u, torch.finfo(u.dtype).tiny).log()

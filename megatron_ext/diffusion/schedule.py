@@ -48,9 +48,9 @@ class MixingSchedule:
             )
         if self.vocab_size < 2:
             raise ValueError(f"--vocab-size is {self.vocab_size}: give 2 or more.")
-        if not 0 <= self.scale <= 1:
+        if not 0 < self.scale <= 1:
             raise ValueError(
-                f"--mixing-scale is {self.scale}: the process is a Markov chain for 0 to 1 only."
+                f"--mixing-scale is {self.scale}: it must lie in (0, 1], or the process is no Markov chain."
             )
         if self.min_log_snr >= self.max_log_snr:
             raise ValueError(

@@ -82,8 +82,9 @@ class VocabSlice:
         if self.group is None:
             return log_total, torch.stack(picked)
         mine = torch.stack([log_total, *picked])
-        every = mine.new_empty((self.group.size(), *mine.shape))
+        every = mine.new_empty((self.group.size() * len(mine), mine.shape[1]))
         torch.distributed.all_gather_into_tensor(every, mine, group=self.group)
+        every = every.unflatten(0, (-1, len(mine)))
         return torch.logsumexp(every[:, 0], dim=0), every[:, 1:].amax(0)
 
 

@@ -23,10 +23,10 @@ from megatron_ext.optim.groups import (
 from megatron_ext.optim.laprop import AdamW, LaProp
 from megatron_ext.optim.schedule import LearningRateSchedule
 from megatron_ext.parallel.cpu import enable_cpu
+from megatron_ext.parallel.groups import device_of_rank
 
 enable_cpu()
 
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.optimizer.optimizer import (  # noqa: E402
     Float16OptimizerWithFloat16Params,
@@ -166,14 +166,32 @@ class UpdateResult(NamedTuple):
     applied: bool
 
 
+def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Global L2 norm of the prepared gradients in float32; one all-reduce of one number.
+
+    megatron-core's own function takes float32 gradients only; pure bfloat16 has others.
+    """
+    gradients = optimizer.get_main_grads_for_grad_norm()
+    device = device_of_rank()
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    if gradients:
+        norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
+        total += torch.stack(norms).square().sum()
+    torch.distributed.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
+    return total.sqrt()
+
+
 @torch.no_grad()
-def optimizer_step(optimizer: Any, clip_grad: float, *, is_finite: bool = True) -> UpdateResult:
+def optimizer_step(
+    optimizer: MegatronOptimizer, clip_grad: float, *, is_finite: bool = True
+) -> UpdateResult:
     """Clip and update, or touch nothing where the loss or the gradient norm is not finite."""
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    norm = gradient_norm(optimizer).item()
     if not (is_finite and math.isfinite(norm)):
         return UpdateResult(norm, False)
-    if clip_grad > 0:
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip_grad, norm)
+    if 0 < clip_grad < norm:
+        gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, clip_grad / (norm + 1e-6))
     optimizer.step_with_ready_grads()
     return UpdateResult(norm, True)

@@ -20,8 +20,12 @@ import torch
 from torch import Tensor
 
 
-class _GroupedOptimizer(torch.optim.Optimizer):
-    """One foreach update per group; `step` in the group."""
+class _GroupedOptimizer(torch.optim.AdamW):
+    """One foreach update per group; `step` in the group.
+
+    It is an AdamW by type alone: megatron-core's distributed optimizer accepts nothing else, for
+    the sake of the state's names. Nothing of torch's AdamW runs.
+    """
 
     def __init__(
         self,
@@ -37,7 +41,10 @@ class _GroupedOptimizer(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas are {betas}: give numbers in [0, 1)")
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"step": 0})
+        torch.optim.Optimizer.__init__(self, params, defaults | {"step": 0})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)
 
     def initialize_state(self) -> None:
         """Zero averages for every parameter that has none."""

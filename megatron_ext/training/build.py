@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_ext.config import Config, require
-from megatron_ext.data.dataset import Datasets, MockDataset, build_datasets
-from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ext.data.dataset import Datasets, build_datasets
+from megatron_ext.data.mock import MockDataset
+from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.model.diffusion_model import DiffusionModel
 from megatron_ext.model.init import initialize_weights
@@ -28,39 +32,47 @@ class Vocabulary:
     size: int
     mask_token_id: int
     pad_token_id: int | None
+    eos_token_id: int | None
     fingerprint: str | None
 
 
-def resolve_vocabulary(config: Config) -> tuple[Vocabulary, Tokenizer | None]:
+def resolve_vocabulary(config: Config) -> Vocabulary:
     """Vocabulary size and special ids from flags, else from the tokenizer.
 
     Raises `ValueError` where neither says, or where they contradict each other.
     """
-    tokenizer = None
-    if config.data.tokenizer_model is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer_model)
+    data, tokenizer = config.data, None
+    if data.tokenizer_model is not None:
+        tokenizer = load_tokenizer(
+            data.tokenizer_model,
+            mask_token_id=data.mask_token_id,
+            pad_token_id=data.pad_token_id,
+        )
     size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
-    require(
-        size is not None, "vocab_size", size, "give it, or --tokenizer-model to take it from."
-    )
+    require(size is not None, "vocab_size", size, "give it, or --tokenizer-model to take it from.")
     assert size is not None
-    require(
-        tokenizer is None or size >= tokenizer.vocab_size, "vocab_size", size,
-        f"the tokenizer {config.data.tokenizer_model} has "
-        f"{tokenizer.vocab_size if tokenizer else 0} ids; leave the flag out.",
-    )  # fmt: skip
-    mask, pad = config.data.mask_token_id, config.data.pad_token_id
-    if tokenizer is not None:
-        mask = tokenizer.mask_token_id if mask is None else mask
-        pad = tokenizer.pad_token_id if pad is None else pad
-    require(
-        mask is not None, "mask_token_id", mask,
-        "the tokenizer has no mask token; give the id of a token that never occurs in text.",
-    )  # fmt: skip
+    if tokenizer is None:
+        mask, pad, eos, fingerprint = data.mask_token_id, data.pad_token_id, None, None
+        advice = "without --tokenizer-model, give the id of a token that never occurs in text."
+        require(mask is not None, "mask_token_id", mask, advice)
+    else:
+        require(
+            size >= tokenizer.vocab_size, "vocab_size", size,
+            f"the tokenizer {data.tokenizer_model} has {tokenizer.vocab_size} ids; leave the flag "
+            "out.",
+        )  # fmt: skip
+        mask, pad, eos = tokenizer.special_id("mask"), tokenizer.pad_id, tokenizer.eos_id
+        fingerprint = tokenizer.fingerprint
     assert mask is not None
     for name, value in (("mask_token_id", mask), ("pad_token_id", pad)):
         require(value is None or 0 <= value < size, name, value, f"the vocabulary has {size} ids.")
-    return Vocabulary(size, mask, pad, tokenizer.fingerprint if tokenizer else None), tokenizer
+    require(
+        pad is not None or config.noise.max_empty_fraction == 0
+        or config.diffusion.objective == "ar",
+        "max_empty_fraction", config.noise.max_empty_fraction,
+        "there is no padding token to insert; give --pad-token-id, or 0.",
+    )  # fmt: skip
+    return Vocabulary(size, mask, pad, eos, fingerprint)
 
 
 def build_schedule(config: Config, vocabulary: Vocabulary) -> MixingSchedule:
@@ -76,27 +88,43 @@ def build_schedule(config: Config, vocabulary: Vocabulary) -> MixingSchedule:
 
 
 def build_data(config: Config, vocabulary: Vocabulary) -> Datasets:
-    """Training, validation and test data; every file is checked before the first step."""
+    """Training, validation and test data; every file is checked before the first step.
+
+    One rank of each node opens (and scans) the files before the others.
+    """
+    data = config.data
     extra = 1 if config.diffusion.objective == "ar" else 0
-    if config.data.mock_data:
-        mock = MockDataset(vocabulary.size, config.model.seq_length + extra, config.training.seed)
-        return Datasets(train=mock, valid=None, test=None)
+    if data.mock_data:
+        length = config.model.seq_length + extra
+        return Datasets(MockDataset(vocabulary.size, length, config.training.seed), None, None)
     require(
-        bool(config.data.data_path), "data_path", config.data.data_path,
+        bool(data.data_path), "data_path", data.data_path,
         "give the prefix of .bin/.idx files, or --mock-data.",
     )  # fmt: skip
-    return build_datasets(
-        config.data.data_path,
-        config.data.valid_data_path,
-        config.data.test_data_path,
-        split=config.data.split,
-        seq_length=config.model.seq_length,
-        seed=config.training.seed,
-        vocab_size=vocabulary.size,
-        tokenizer_fingerprint=vocabulary.fingerprint,
-        extra_tokens=extra,
-        drop_aligned_eos=config.data.drop_aligned_eos,
-    )
+    if data.drop_aligned_eos:
+        require(
+            vocabulary.eos_token_id is not None, "drop_aligned_eos", True,
+            "the end-of-document token is unknown; give a --tokenizer-model that names it.",
+        )  # fmt: skip
+    waits = int(os.environ.get("LOCAL_RANK", "0")) != 0
+    if waits:
+        torch.distributed.barrier()
+    try:
+        return build_datasets(
+            data.data_path,
+            data.valid_data_path,
+            data.test_data_path,
+            split=data.split,
+            seq_length=config.model.seq_length,
+            seed=config.training.seed,
+            vocab_size=vocabulary.size,
+            tokenizer_fingerprint=vocabulary.fingerprint,
+            extra_tokens=extra,
+            aligned_eos_id=vocabulary.eos_token_id if data.drop_aligned_eos else None,
+        )
+    finally:
+        if not waits:
+            torch.distributed.barrier()
 
 
 def build_model(

@@ -72,7 +72,7 @@ class Trainer:
         """Everything up to the first step; wrong input is refused here."""
         groups = initialize_parallel(config.parallel, config.training.seed)
         config.num_microbatches(torch.distributed.get_world_size())
-        vocabulary, _ = resolve_vocabulary(config)
+        vocabulary = resolve_vocabulary(config)
         schedule = build_schedule(config, vocabulary)
         data = build_data(config, vocabulary)
         rank = RankPosition(

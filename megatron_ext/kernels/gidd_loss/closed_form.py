@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_ext.diffusion.objective import RATIO_EPSILON, GiddLoss
+from megatron_ext.diffusion.objective import IS_EPSILON, GiddLoss
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.kernels.vocab_parallel import VocabSlice
 
@@ -137,7 +137,7 @@ def closed_form(
     is_div = _is_divergence(t, q_x, p_hat_x, rest_x, v_z, q_z, p_hat_z)
 
     tau_z = torch.where(t.is_kept, tau_x, torch.sigmoid(log_p_z + t.log_r))
-    e = tau_z * (1 - q_z * p_hat_z / (p_hat_z + RATIO_EPSILON).square())
+    e = tau_z * (1 - q_z * p_hat_z / (p_hat_z + IS_EPSILON).square())
     e = torch.where(t.is_masked, 0.0, beta_is * e)
     a = t.alpha * tau_x + t.c * (sum_tau + tau_x)
     weight = t.weight
@@ -182,9 +182,9 @@ def _is_divergence(
     excess = t.alpha * rest_x / p_hat_x
     kept = _minus_log1p(excess)
     moved = torch.log1p(v_z) - v_z / (1 + v_z)
-    masked = -RATIO_EPSILON / (t.q_mask + RATIO_EPSILON)
+    masked = -IS_EPSILON / (t.q_mask + IS_EPSILON)
     # The reference divides by p^_z + eps: what that takes off the ratio q_z / p^_z.
-    epsilon_part = q_z * RATIO_EPSILON / (p_hat_z * (p_hat_z + RATIO_EPSILON))
+    epsilon_part = q_z * IS_EPSILON / (p_hat_z * (p_hat_z + IS_EPSILON))
     unmasked = torch.where(t.is_kept, kept, moved) - epsilon_part
     return torch.where(t.is_masked, masked, unmasked)
 
