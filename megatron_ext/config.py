@@ -286,8 +286,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "adam_eps")
-        for name in ("lr", "min_lr", "weight_decay", "norm_weight_decay", "bias_weight_decay",
-                     "clip_grad", "aux_lr_factor", "lr_warmup_iters", "lr_wsd_decay_iters"):  # fmt: skip
+        for name in (
+            "lr", "min_lr", "weight_decay", "norm_weight_decay", "bias_weight_decay", "clip_grad",
+            "aux_lr_factor", "lr_warmup_iters", "lr_wsd_decay_iters",
+        ):  # fmt: skip
             value = getattr(self, name)
             require(value >= 0, name, value, "give zero or more.")
         for name in ("adam_beta1", "adam_beta2"):

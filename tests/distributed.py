@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks and collect what each returns: the harness of the multi-process tests."""
+"""Run a function on several gloo ranks and collect what each returns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import torch
 
 def _worker(rank: int, world_size: int, folder: str, function: Callable, args: tuple) -> None:
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
     )
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -42,5 +45,6 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
             _worker, (world_size, folder, function, args), nprocs=world_size, join=True
         )
         return [
-            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
+            for rank in range(world_size)
         ]

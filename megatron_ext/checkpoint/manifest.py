@@ -115,7 +115,7 @@ def damaged_files(folder: Path, expected: dict[str, dict[str, int | str]]) -> li
 
 
 def remove_old(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints (0 keeps all) and abandoned partial ones."""
+    """Delete all but the newest `keep_last` checkpoints; 0 keeps all."""
     newest = latest_step(root)
     for step in complete_steps(root)[:-keep_last] if keep_last else []:
         if step != newest:

@@ -173,5 +173,3 @@ def prefetched(
             if step + 2 * workers < last_step:
                 ahead.append(pool.submit(source.step, step + 2 * workers))
             yield ready
-
-

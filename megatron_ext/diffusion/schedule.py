@@ -50,7 +50,8 @@ class MixingSchedule:
             raise ValueError(f"--vocab-size is {self.vocab_size}: give 2 or more.")
         if not 0 < self.scale <= 1:
             raise ValueError(
-                f"--mixing-scale is {self.scale}: it must lie in (0, 1], or the process is no Markov chain."
+                f"--mixing-scale is {self.scale}: it must lie in (0, 1]; "
+                "the process is no Markov chain otherwise."
             )
         if self.min_log_snr >= self.max_log_snr:
             raise ValueError(

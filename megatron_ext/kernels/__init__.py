@@ -1,1 +1,1 @@
-"""Operations with a reference and faster implementations. torch only; process groups are arguments."""
+"""Operations with a reference and faster forms: torch only, process groups are arguments."""

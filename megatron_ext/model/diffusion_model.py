@@ -78,7 +78,9 @@ class OutputHead(MegatronModule):
             )
             device = torch.cuda.current_device() if torch.cuda.is_available() else None
             shape = (padded // tp_group.size(), config.model.hidden_size)
-            weight = torch.nn.Parameter(torch.zeros(shape, dtype=engine.params_dtype, device=device))
+            weight = torch.nn.Parameter(
+                torch.zeros(shape, dtype=engine.params_dtype, device=device)
+            )
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]
             weight.partition_dim = 0  # type: ignore[attr-defined]
             weight.partition_stride = 1  # type: ignore[attr-defined]

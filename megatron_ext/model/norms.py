@@ -71,7 +71,7 @@ class SplitRMSNorm(torch.nn.Module):
         )
 
     def scaled(self, x: Tensor, sum_of_squares: Tensor) -> Tensor:
-        """`x` [..., width/tp] normalised by its row's sum of squares [..., 1] over the full width."""
+        """`x` [..., width/tp] normalised by its row's sum of squares [..., 1] over all ranks."""
         exact = sum_of_squares.dtype
         inverse = torch.rsqrt(sum_of_squares / self.width + self.eps)
         return (x.to(exact) * inverse * (self.weight.to(exact) + self.offset)).to(x.dtype)

@@ -29,7 +29,9 @@ def param_class(name: str) -> ParamClass:
     return "bias" if "bias" in name else "bulk"
 
 
-def learning_rate_multiplier(kind: ParamClass, config: OptimizerConfig, model: ModelConfig) -> float:
+def learning_rate_multiplier(
+    kind: ParamClass, config: OptimizerConfig, model: ModelConfig
+) -> float:
     """Factor on the base learning rate."""
     if config.parameterization == "standard":
         return 1.0

@@ -33,7 +33,9 @@ class LearningRateSchedule:
         """Base learning rate after `step` completed updates."""
         cooldown, total = self.cooldown, self.total_steps
         if self.style == "WSD" and cooldown > 0 and step >= total - cooldown:
-            return self.base_lr * (1 - math.sqrt(min(step - (total - cooldown), cooldown) / cooldown))
+            return self.base_lr * (
+                1 - math.sqrt(min(step - (total - cooldown), cooldown) / cooldown)
+            )
         if step < self.warmup_steps:
             return self.base_lr * step / self.warmup_steps
         if self.style == "cosine":

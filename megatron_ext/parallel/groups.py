@@ -29,7 +29,7 @@ def device_of_rank() -> torch.device:
 
 
 def initialize_distributed(parallel: ParallelConfig) -> None:
-    """Join the process group that torchrun describes in the environment, or one of a single rank."""
+    """Join the group that torchrun describes in the environment, or one of a single rank."""
     device = device_of_rank()
     if device.type == "cuda":
         torch.cuda.set_device(device)

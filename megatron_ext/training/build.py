@@ -15,7 +15,6 @@ from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.model.diffusion_model import DiffusionModel
 from megatron_ext.model.init import initialize_weights
-from megatron_ext.model.translate import transformer_config
 from megatron_ext.training.step import gradient_finalizer
 
 from megatron.core.distributed import (  # isort: skip

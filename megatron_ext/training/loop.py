@@ -75,9 +75,7 @@ class Trainer:
         vocabulary = resolve_vocabulary(config)
         schedule = build_schedule(config, vocabulary)
         data = build_data(config, vocabulary)
-        rank = RankPosition(
-            groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size()
-        )
+        rank = RankPosition(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
         source = BatchSource(data.train, schedule, config, rank, vocabulary.pad_token_id)
         model = build_model(config, vocabulary.size, schedule, groups)
         optimizer = build_optimizer(model, config, groups)

@@ -128,7 +128,7 @@ def run_micro_batches(
 def reduced_sums(
     reports: list[dict[str, Any]], groups: ProcessGroupCollection, device: torch.device
 ) -> LossSums:
-    """Global sums on every rank: added over micro-batches, dp and cp, then sent down the pipeline."""
+    """Global sums on every rank: added over micro-batches, dp and cp, sent down the pipeline."""
     total = LossSums.zeros(device).pack()
     for report in reports:
         total += report["sums"].pack()
@@ -140,7 +140,7 @@ def reduced_sums(
 
 
 def gradient_finalizer(normalization: str) -> Any:
-    """megatron-core's gradient reduction with the division by tokens on (`token`) or off (`sum`)."""
+    """megatron-core's gradient reduction, divided by the token count (`token`) or not (`sum`)."""
 
     def finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         finalize_model_grads(model, num_tokens if normalization == "token" else None, **kwargs)

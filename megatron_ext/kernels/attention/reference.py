@@ -1,11 +1,11 @@
 """Attention with a soft cap and a learned key/value token, as the definition reads.
 
-    query  [s_q, b, a, d]   key, value [s_k, b, a, d]   any float dtype
-    mask   [b, s_q, s_k]    bool, True where a query may attend; absent for everywhere
-    k_bias, v_bias [a, d]   an extra key and value at index 0 that every query may attend to
+query  [s_q, b, a, d]   key, value [s_k, b, a, d]   any float dtype
+mask   [b, s_q, s_k]    bool, True where a query may attend; absent for everywhere
+k_bias, v_bias [a, d]   an extra key and value at index 0 that every query may attend to
 
-    score = c tanh(q.k / (c sqrt(d))),  masked scores are the lowest finite number,
-    softmax in float32 (float64 for float64 inputs), output = weights x values.
+score = c tanh(q.k / (c sqrt(d))),  masked scores are the lowest finite number,
+softmax in float32 (float64 for float64 inputs), output = weights x values.
 """
 
 from __future__ import annotations

@@ -63,9 +63,7 @@ class _OnLogits(torch.autograd.Function):
         def rows_of(part: slice) -> Tensor:
             return vocab.mask_(logits[part].to(exact, copy=True))
 
-        losses, gradient = _forward(
-            rows_of, ctx.size, (xt, x0, log_snr), schedule, vocab, beta_is
-        )
+        losses, gradient = _forward(rows_of, ctx.size, (xt, x0, log_snr), schedule, vocab, beta_is)
         ctx.save_for_backward(logits, xt, x0, *gradient)
         ctx.vocab = vocab
         ctx.mark_non_differentiable(*losses[1:])
@@ -144,9 +142,7 @@ def gidd_loss_chunked(
     beta_is: float,
 ) -> GiddLoss:
     exact = torch.promote_types(logits.dtype, torch.float32)
-    vocab = VocabSlice.of(
-        logits.shape[-1], schedule.vocab_size, schedule.mask_token_id, tp_group
-    )
+    vocab = VocabSlice.of(logits.shape[-1], schedule.vocab_size, schedule.mask_token_id, tp_group)
     flat = _OnLogits.apply(
         logits.reshape(-1, logits.shape[-1]), xt.reshape(-1), x0.reshape(-1),
         log_snr.reshape(-1).to(exact), schedule, vocab, beta_is,
@@ -172,7 +168,5 @@ def linear_gidd_loss_chunked(
     vocab = VocabSlice.of(weight.shape[0], schedule.vocab_size, schedule.mask_token_id, tp_group)
     options = (logit_scale, beta_is, chunk_size, not partial_hidden_grad)
     return GiddLoss(
-        *_FusedWithHead.apply(
-            hidden, weight, xt, x0, log_snr.to(exact), schedule, vocab, options
-        )
+        *_FusedWithHead.apply(hidden, weight, xt, x0, log_snr.to(exact), schedule, vocab, options)
     )
