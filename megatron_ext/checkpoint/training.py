@@ -120,6 +120,11 @@ def _share(names: list[str]) -> list[str]:
     return sorted(names)[rank::size]
 
 
+def has_checkpoint(root: str | Path) -> bool:
+    """Whether any complete checkpoint was saved below `root`."""
+    return manifest.latest_step(Path(root)) is not None
+
+
 def find_checkpoint(root: str | Path, step: int | None = None) -> Path:
     """The folder of `step`, or of the latest complete checkpoint below `root`.
 

@@ -13,6 +13,7 @@ from megatron_ext.checkpoint.training import (
     CheckpointWriter,
     Position,
     find_checkpoint,
+    has_checkpoint,
     load_checkpoint,
 )
 from megatron_ext.cli import dump_config
@@ -83,9 +84,14 @@ class Trainer:
         return cls(config, groups, device, vocabulary, data, source, model, optimizer)
 
     def load(self) -> None:
-        """Continue from --load, or start from its weights with --finetune."""
+        """Continue from --load, or start from its weights with --finetune.
+
+        A run whose --load is its own, still empty --save starts from scratch, so that one command
+        starts and restarts it.
+        """
         checkpoint = self.config.checkpoint
-        if checkpoint.load is None:
+        is_own = checkpoint.load == checkpoint.save
+        if checkpoint.load is None or (is_own and not has_checkpoint(checkpoint.load)):
             return
         folder = find_checkpoint(checkpoint.load, checkpoint.ckpt_step)
         optimizer = None if checkpoint.finetune else self.optimizer
@@ -137,8 +143,19 @@ class Trainer:
         return Reporter.validation_values(result, self.data.valid.bytes_per_token, self.config)
 
 
+def refuse_foreign_folder(config: Config) -> None:
+    """Raise where --save holds checkpoints of a run that this one does not continue."""
+    save, load = config.checkpoint.save, config.checkpoint.load
+    require(
+        save is None or save == load or not has_checkpoint(save), "save", save,
+        "it holds checkpoints already; give --load of the same folder to continue that run, or "
+        "choose another.",
+    )  # fmt: skip
+
+
 def train(config: Config) -> int:
     """Run to the end or to a reason to stop; returns the process's exit code."""
+    refuse_foreign_folder(config)
     trainer = Trainer.build(config)
     trainer.load()
     writer = None
@@ -173,7 +190,7 @@ def run_steps(
 ) -> int:
     """Steps first ... last - 1."""
     training, checkpoint = trainer.config.training, trainer.config.checkpoint
-    saved = stop = None
+    saved, stop = first, None
     workers = trainer.config.data.num_workers
     for batches in prefetched(trainer.source, first, last, workers):
         started = time.perf_counter()
