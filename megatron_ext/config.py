@@ -177,7 +177,7 @@ class DiffusionConfig:
 @dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
     """What is noised and how strongly (paper section 3). Where the paper's text and the code
-    that produced its results differ, the default is the paper's; docs/noise.md lists both."""
+    that produced its results differ, both are options; docs/noise.md lists them."""
 
     p_independent: float = 0.5
     """Share of sequences whose tokens draw independent log-SNRs (paper 0.5, code 0.2)."""
@@ -188,15 +188,17 @@ class NoiseConfig:
     max_prompt_fraction: float = 1.0
     """Longest prompt as a share of the sequence."""
     prompt_length_law: Literal["code", "paper"] = "code"
-    """code: arccos(1 - 2r) / pi of the sequence; paper: arccos(r), cut at the whole sequence."""
+    """code: arccos(1 - 2r) / pi of the sequence, for r ~ U(0, 1); paper: arccos(r), cut at the
+    whole sequence, which more than half of the draws reach."""
     p_infill: float = 0.0
     """Share of sequences in which scattered tokens are left clean."""
     max_infill_fraction: float = 1.0
     """Largest share of tokens left clean by infilling."""
     max_empty_fraction: float = 0.2
     """Padding tokens inserted at random, at most this share (paper 0.2, code 0)."""
-    uniform_noise_includes_mask: bool = True
-    """Uniform noise draws from all ids (code), or from all but the mask (paper)."""
+    uniform_noise_includes_mask: bool = False
+    """Uniform noise draws from all ids (code), or from all but the mask (paper), as the loss
+    assumes."""
 
     def __post_init__(self) -> None:
         _require_fraction(
@@ -383,8 +385,6 @@ class PrecisionConfig:
     """Implementation of the loss; auto is the fastest that is exact here."""
     loss_chunk_size: int | None = None
     """Tokens whose logits exist at a time; chosen from the vocabulary when absent."""
-    attention_backend: Literal["auto", "reference", "sdpa"] = "auto"
-    """Implementation of the attention core; auto is the fastest that is exact here."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "loss_chunk_size")
