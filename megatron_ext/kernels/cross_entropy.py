@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.diffusion.objective import work_dtype
 from megatron_ext.kernels.gidd_loss.chunked import chunks, head_backward, head_logits
 from megatron_ext.kernels.vocab_parallel import VocabSlice, tokens_per_chunk
 
@@ -24,7 +25,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, targets, vocab, options):  # type: ignore[no-untyped-def]
         scale, chunk_size, ctx.sum_hidden = options
         ctx.size = tokens_per_chunk(vocab.width, chunk_size)
-        exact = torch.promote_types(hidden.dtype, torch.float32)
+        exact = work_dtype(hidden)
         lse, nll = hidden.new_empty((2, len(targets)), dtype=exact)
         for part in chunks(len(targets), ctx.size):
             logits = head_logits(hidden[part], weight, scale, vocab)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_ext.diffusion.objective import GiddLoss
+from megatron_ext.diffusion.objective import GiddLoss, work_dtype
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.kernels.gidd_loss.chunked import gidd_loss_chunked, linear_gidd_loss_chunked
 from megatron_ext.kernels.gidd_loss.reference import gidd_loss_reference
@@ -91,7 +91,7 @@ def linear_gidd_loss(
     if impl == "reference":
         if tp_group is not None and tp_group.size() > 1 and not partial_hidden_grad:
             hidden = _SumGradient.apply(hidden, tp_group)
-        exact = torch.promote_types(hidden.dtype, torch.float32)
+        exact = work_dtype(hidden)
         logits = (hidden @ weight.t()).to(exact) * logit_scale
         return gidd_loss_reference(
             logits, xt, x0, log_snr, schedule, tp_group=tp_group, beta_is=beta_is

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.diffusion.objective import GiddLoss
+from megatron_ext.diffusion.objective import GiddLoss, work_dtype
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.kernels.gidd_loss.closed_form import Gradient, closed_form, gradient_rows
 from megatron_ext.kernels.vocab_parallel import VocabSlice, tokens_per_chunk
@@ -31,7 +31,7 @@ def chunks(num_tokens: int, size: int) -> Iterator[slice]:
 
 def head_logits(hidden: Tensor, weight: Tensor, scale: float, vocab: VocabSlice) -> Tensor:
     """Masked logits [n, v/tp] in float32 (float64 for float64 inputs)."""
-    exact = torch.promote_types(hidden.dtype, torch.float32)
+    exact = work_dtype(hidden)
     return vocab.mask_((hidden @ weight.t()).to(exact).mul_(scale))
 
 
@@ -118,7 +118,7 @@ def head_backward(
 
     The weight's gradient accumulates in float32 in place.
     """
-    exact = torch.promote_types(hidden.dtype, torch.float32)
+    exact = work_dtype(hidden)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=exact)
     for part in chunks(len(hidden), size):
@@ -141,7 +141,7 @@ def gidd_loss_chunked(
     tp_group: torch.distributed.ProcessGroup | None,
     beta_is: float,
 ) -> GiddLoss:
-    exact = torch.promote_types(logits.dtype, torch.float32)
+    exact = work_dtype(logits)
     vocab = VocabSlice.of(logits.shape[-1], schedule.vocab_size, schedule.mask_token_id, tp_group)
     flat = _OnLogits.apply(
         logits.reshape(-1, logits.shape[-1]), xt.reshape(-1), x0.reshape(-1),
@@ -164,7 +164,7 @@ def linear_gidd_loss_chunked(
     chunk_size: int | None,
     partial_hidden_grad: bool,
 ) -> GiddLoss:
-    exact = torch.promote_types(hidden.dtype, torch.float32)
+    exact = work_dtype(hidden)
     vocab = VocabSlice.of(weight.shape[0], schedule.vocab_size, schedule.mask_token_id, tp_group)
     options = (logit_scale, beta_is, chunk_size, not partial_hidden_grad)
     return GiddLoss(

@@ -18,6 +18,7 @@ T = sum over j != m of tau_j (gradient):
 
 Every term is a sum of non-negative numbers, so nothing cancels at low SNR, where the textbook form
 loses all digits. Masked diffusion is the limit c = 0: c F -> alpha (1 - p_x), c T -> 0, tau_x -> 1.
+Where c is below every normal number it is taken for 0, as v would leave the range of the dtype.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class Marginals(NamedTuple):
         beta = 1 - alpha
         share = schedule.uniform_share(log_snr)
         c = beta * share / (schedule.vocab_size - 1)
+        c = torch.where(c > 4 * torch.finfo(c.dtype).tiny, c, 0.0)
+        is_masked = xt == schedule.mask_token_id
+        is_possible = is_masked | (c > 0)
         log_share = torch.nn.functional.logsigmoid(schedule.scale * log_snr + schedule.shift)
         log_r = alpha.log() - beta.log() - log_share + math.log(schedule.vocab_size - 1)
         return cls(
@@ -62,9 +66,9 @@ class Marginals(NamedTuple):
             c=c,
             log_r=torch.where(c > 0, log_r, 0.0),
             q_mask=beta * (1 - share),
-            weight=schedule.loss_weight(log_snr, xt, x0),
+            weight=torch.where(is_possible, schedule.loss_weight(log_snr, xt, x0), 0.0),
             elbo_weight=schedule.elbo_weight(log_snr, xt, x0),
-            is_masked=xt == schedule.mask_token_id,
+            is_masked=is_masked,
             is_kept=xt == x0,
         )
 
@@ -181,7 +185,7 @@ def _is_divergence(
 ) -> Tensor:
     excess = t.alpha * rest_x / p_hat_x
     kept = _minus_log1p(excess)
-    moved = torch.log1p(v_z) - v_z / (1 + v_z)
+    moved = _log_deficit(v_z / (1 + v_z), -torch.log1p(v_z))
     masked = -IS_EPSILON / (t.q_mask + IS_EPSILON)
     # The reference divides by p^_z + eps: what that takes off the ratio q_z / p^_z.
     epsilon_part = q_z * IS_EPSILON / (p_hat_z * (p_hat_z + IS_EPSILON))
