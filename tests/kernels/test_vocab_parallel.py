@@ -19,11 +19,9 @@ from tests.distributed import run_ranks
 from tests.kernels.samples import MASK_ID, Tokens, draw_normal, draw_tokens
 
 NUM_TOKENS, WIDTH, SCALE, BETA_IS = 37, 6, 1.3, 0.7
-CASES = [
-    (vocab_size, padded_size, shift)
-    for vocab_size, padded_size in [(29, 32), (60, 128), (90, 128)]
-    for shift in (-1000.0, 0.0, 1000.0)
-]
+CASES = [(29, 32, -1000.0), (29, 32, 0.0), (60, 128, 0.0), (60, 128, 1000.0), (90, 128, 0.0)]
+"""Vocabulary, its padded size, mixing shift. 60 of 128 leave rank 1 of 2 nothing but padding, and
+90 of 128 rank 3 of 4."""
 
 
 def _case(vocab_size: int, padded_size: int, shift: float) -> tuple:
@@ -58,7 +56,7 @@ def _losses_of_rank(rank: int) -> dict[tuple, list[Tensor]]:
                 leaves = hidden.clone().requires_grad_(), rows.clone().requires_grad_()
                 losses = linear_gidd_loss(
                     *leaves, *tokens, schedule, logit_scale=SCALE, tp_group=group,
-                    beta_is=BETA_IS, chunk_size=10, partial_hidden_grad=is_partial, impl=impl,
+                    beta_is=BETA_IS, chunk_size=20, partial_hidden_grad=is_partial, impl=impl,
                 )  # fmt: skip
                 (losses.loss * upstream).sum().backward()
                 key = case, impl, "partial" if is_partial else "summed"
@@ -66,7 +64,7 @@ def _losses_of_rank(rank: int) -> dict[tuple, list[Tensor]]:
         leaves = hidden.clone().requires_grad_(), rows.clone().requires_grad_()
         nll = linear_cross_entropy(
             *leaves, _targets(tokens), schedule.vocab_size, logit_scale=SCALE,
-            excluded_id=MASK_ID, tp_group=group, chunk_size=10,
+            excluded_id=MASK_ID, tp_group=group, chunk_size=20,
         )  # fmt: skip
         (nll * upstream).sum().backward()
         results[case, "cross_entropy"] = [nll, *(x.grad for x in leaves)]
@@ -75,7 +73,9 @@ def _losses_of_rank(rank: int) -> dict[tuple, list[Tensor]]:
 
 def _refusal_of_rank(rank: int) -> str:
     with pytest.raises(ValueError) as refusal:
-        VocabSlice.of(10, 29, None, torch.distributed.group.WORLD)
+        VocabSlice.of(
+            28 // torch.distributed.get_world_size(), 29, None, torch.distributed.group.WORLD
+        )
     return str(refusal.value)
 
 
@@ -108,7 +108,7 @@ def test_losses_split_on_the_vocabulary_equal_the_unsplit_ones(num_ranks: int) -
                 _assert_equal(torch.cat([x[5] for x in fused]), weight.grad)
         _assert_cross_entropy([rank[case, "cross_entropy"] for rank in ranks], case)
     for refusal in refusals:
-        assert ("29" in refusal) == (num_ranks == 2), "20 columns are too few for 29 ids"
+        assert f"{num_ranks} ranks" in refusal and "29" in refusal
 
 
 def _assert_cross_entropy(of_ranks: list[list[Tensor]], case: tuple) -> None:
