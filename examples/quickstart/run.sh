@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Text -> tokenizer -> tokens -> pretraining at tp 2 -> annealing at dp 2 -> bound and samples.
 # Every step keeps what an earlier run left, so a second run goes straight to the samples.
+# STEPS: optimizer steps in all, the last quarter at dp 2.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
 
 data=data/quickstart
 recipe=examples/quickstart/pretrain.yaml
+steps=${STEPS:-400}
+stable=$((steps * 3 / 4))
 say() { printf '\n== %s\n' "$*"; }
 
 say "1. Corpus"
@@ -24,14 +27,14 @@ for split in train valid; do
 done
 
 say "4. Pretraining: two ranks, tensor parallel, sequence parallel"
-if [ ! -f runs/quickstart/latest ] || [ "$(cat runs/quickstart/latest)" -lt 300 ]; then
+if [ ! -f runs/quickstart/latest ] || [ "$(cat runs/quickstart/latest)" -lt "$stable" ]; then
   torchrun --standalone --nproc-per-node 2 pretrain_diffusion.py --config "$recipe" \
-    --tensor-model-parallel-size 2 --sequence-parallel
+    --tensor-model-parallel-size 2 --sequence-parallel --train-iters "$stable"
 fi
 
 say "5. Annealing from that checkpoint: two ranks, data parallel"
 torchrun --standalone --nproc-per-node 2 pretrain_diffusion.py --config "$recipe" \
-  --train-iters 400 --lr-wsd-decay-iters 100
+  --train-iters "$steps" --lr-wsd-decay-iters "$((steps - stable))"
 
 say "6. Samples"
 python tools/generate.py --load runs/quickstart --num-samples 2 --prompt "The people of the United States"

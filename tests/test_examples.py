@@ -1,0 +1,58 @@
+"""The recipes describe runs that can be built, and those named after the paper are the paper's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.cli import load_config
+from megatron_ext.config import ModelConfig
+from megatron_ext.diffusion.noising import PUBLISHED_NOISE
+from megatron_ext.presets import MODEL_PRESETS, total_parameters, transformer_parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
+PAPER_RECIPES = sorted((ROOT / "examples/configs").glob("gidd-*.yaml"))
+PAPER_TOKENS = {"gidd-mask-3b": 73.9e9, "gidd-unif-3b": 70.8e9, "gidd-unif-10b": 182.5e9}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_a_valid_configuration(recipe: Path) -> None:
+    config = load_config(recipe)
+    assert config.num_microbatches(config.parallel.model_parallel_size) >= 1
+
+
+@pytest.mark.parametrize("recipe", PAPER_RECIPES, ids=lambda path: path.stem)
+def test_paper_recipe_has_the_papers_noise_and_shape(recipe: Path) -> None:
+    config = load_config(recipe)
+    assert config.noise == PUBLISHED_NOISE["paper"]
+    shape = MODEL_PRESETS[recipe.stem]
+    assert {name: getattr(config.model, name) for name in shape} == shape
+    if recipe.stem in PAPER_TOKENS:
+        tokens = (
+            config.training.train_iters * config.training.global_batch_size
+        ) * config.model.seq_length
+        assert tokens == pytest.approx(PAPER_TOKENS[recipe.stem], rel=1e-2)
+
+
+def test_the_page_on_configuration_lists_the_presets_with_their_parameters() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs/configuration.md").read_text().splitlines()
+        if line.startswith("| gidd-")
+    ]
+    expected = []
+    for name, shape in MODEL_PRESETS.items():
+        model = ModelConfig(**shape)
+        expected.append(
+            [
+                name,
+                str(model.num_layers),
+                str(model.hidden_size),
+                str(model.num_attention_heads),
+                f"{transformer_parameters(model):,}",
+                f"{total_parameters(model, 131072):,}",
+            ]
+        )
+    assert rows == expected
