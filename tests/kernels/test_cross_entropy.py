@@ -28,9 +28,7 @@ def _expected(
     logits = (leaves[0] @ leaves[1][:VOCAB_SIZE].t()).to(upstream.dtype) * SCALE
     if excluded_id is not None:
         logits = logits.index_fill(-1, torch.tensor([excluded_id]), -torch.inf)
-    nll = torch.nn.functional.cross_entropy(
-        logits, targets, ignore_index=IGNORED, reduction="none"
-    )
+    nll = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
     (nll * upstream).sum().backward()
     return [nll, *(x.grad for x in leaves)]
 
