@@ -3,9 +3,10 @@
     <save>/latest                 step of the newest complete checkpoint
     <save>/iter_0000100/          a complete checkpoint; manifest.json lists every file
     <save>/iter_0000100.partial/  one that is being written, or that a killed run left behind
+    <save>/iter_0000100.replaced/ one that is being deleted
 
-A checkpoint is written under its `.partial` name, read back once for checksums, renamed, and only
-then named by `latest`. A reader never sees half of one.
+A checkpoint is written under its `.partial` name, read back once for checksums, given its manifest,
+renamed, and only then named by `latest`. A reader never sees half of one, whenever a run is killed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,21 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 
 def partial_folder(root: Path, step: int) -> Path:
     return root / f"iter_{step:07d}.partial"
+
+
+def replaced_folder(root: Path, step: int) -> Path:
+    return root / f"iter_{step:07d}.replaced"
+
+
+def complete_folder(root: Path, step: int) -> Path | None:
+    """The folder with the complete checkpoint of `step`, `None` where there is none.
+
+    A run killed between the two renames of `publish` leaves it under its `.partial` name.
+    """
+    for folder in (checkpoint_folder(root, step), partial_folder(root, step)):
+        if (folder / MANIFEST).is_file():
+            return folder
+    return None
 
 
 def complete_steps(root: Path) -> list[int]:
@@ -80,6 +96,16 @@ def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, int | 
     }
 
 
+def begin(root: Path, step: int) -> Path:
+    """An empty partial folder for the checkpoint of `step`."""
+    partial, final = partial_folder(root, step), checkpoint_folder(root, step)
+    if (partial / MANIFEST).is_file() and not final.exists():
+        os.rename(partial, final)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
 def publish(root: Path, step: int, files: dict[str, dict[str, int | str]]) -> None:
     """Turn the partial folder of `step` into a checkpoint and point `latest` at it."""
     partial, final = partial_folder(root, step), checkpoint_folder(root, step)
@@ -87,7 +113,7 @@ def publish(root: Path, step: int, files: dict[str, dict[str, int | str]]) -> No
         _fsync(partial / name)
     write_atomically(partial / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
     if final.exists():
-        shutil.rmtree(final)
+        _set_aside(root, step)
     os.rename(partial, final)
     _fsync(root)
     write_atomically(root / LATEST, f"{step}\n")
@@ -114,9 +140,22 @@ def damaged_files(folder: Path, expected: dict[str, dict[str, int | str]]) -> li
     return problems
 
 
+def _set_aside(root: Path, step: int) -> None:
+    """Take a checkpoint away under the name of one that is to be deleted."""
+    replaced = replaced_folder(root, step)
+    shutil.rmtree(replaced, ignore_errors=True)
+    os.rename(checkpoint_folder(root, step), replaced)
+
+
 def remove_old(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints; 0 keeps all."""
+    """Delete all but the newest `keep_last` checkpoints (0 keeps all) and what killed runs left.
+
+    For the run that writes to `root`, right after it published: nothing else is being written.
+    """
     newest = latest_step(root)
     for step in complete_steps(root)[:-keep_last] if keep_last else []:
         if step != newest:
-            shutil.rmtree(checkpoint_folder(root, step))
+            _set_aside(root, step)
+    for folder in root.glob("iter_*"):
+        if folder.suffix in (".partial", ".replaced"):
+            shutil.rmtree(folder)

@@ -7,7 +7,6 @@ schedule are functions of the step, hence the step is all the rest there is to s
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_ext.checkpoint import manifest
+from megatron_ext.checkpoint.identity import require_same, run_identity, weights_identity
 from megatron_ext.parallel.cpu import enable_cpu
 
 enable_cpu()
@@ -55,6 +55,9 @@ def _state(
         "consumed_samples": position.consumed_samples,
         "consumed_tokens": position.consumed_tokens,
     }
+    config, schedule = chunks[0].settings, chunks[0].schedule
+    state["weights_identity"] = weights_identity(config, schedule)
+    state["run_identity"] = None if optimizer is None else run_identity(config)
     return state
 
 
@@ -76,8 +79,7 @@ class CheckpointWriter:
         self.finish()
         folder = manifest.partial_folder(self.root, position.step)
         if torch.distributed.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            manifest.begin(self.root, position.step)
         torch.distributed.barrier()
         request = dist_checkpointing.save(
             _state(model, optimizer, position, is_loading=False),
@@ -134,11 +136,12 @@ def find_checkpoint(root: str | Path, step: int | None = None) -> Path:
     wanted = manifest.latest_step(root) if step is None else step
     if wanted is None:
         raise ValueError(f"--load is {str(root)!r}: there is no complete checkpoint in it.")
-    folder = manifest.checkpoint_folder(root, wanted)
-    if not folder.is_dir():
+    folder = manifest.complete_folder(root, wanted)
+    if folder is None:
         known = ", ".join(map(str, manifest.complete_steps(root))) or "none"
+        asks = f"--load is {str(root)!r} and its latest" if step is None else "--ckpt-step"
         raise ValueError(
-            f"--ckpt-step is {wanted}: {root} has no such checkpoint; complete steps: {known}."
+            f"{asks} is {wanted}: {root} has no such checkpoint; complete steps: {known}."
         )
     return folder
 
@@ -158,11 +161,21 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path, model: list[torch.nn.Module], optimizer: Any | None) -> Position:
-    """Fill weights (and optimizer state unless it is absent) from `folder`, at this layout."""
+    """Fill weights (and optimizer state unless it is absent) from `folder`, at this layout.
+
+    Raises `ValueError` for a damaged checkpoint, and for one of another model or, where there is
+    an optimizer to continue, of another kind of run.
+    """
     verify_checkpoint(folder)
-    state = dist_checkpointing.load(
-        _state(model, optimizer, Position(0, 0, 0), is_loading=True), str(folder)
-    )
+    wanted = _state(model, optimizer, Position(0, 0, 0), is_loading=True)
+    saved = dist_checkpointing.load_common_state_dict(str(folder))
+    require_same(saved["weights_identity"], wanted["weights_identity"], folder, "")
+    if optimizer is not None:
+        if saved["run_identity"] is None:
+            raise ValueError(f"--load: {folder} holds weights only; give --finetune to use them.")
+        hint = "; keep it to continue, or take the weights alone with --finetune"
+        require_same(saved["run_identity"], wanted["run_identity"], folder, hint)
+    state = dist_checkpointing.load(wanted, str(folder))
     chunks = unwrap_model(model)
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"], strict=True)

@@ -164,7 +164,7 @@ class DiffusionModel(MegatronModule):
     ) -> None:
         engine = transformer_config(config)
         super().__init__(config=engine)
-        self.settings, self.groups = config, groups
+        self.settings, self.schedule, self.groups = config, schedule, groups
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         # megatron-core reduces tied embeddings over stages where this is set; ours are tied at

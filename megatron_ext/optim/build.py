@@ -53,11 +53,6 @@ class ShardedOptimizer(DistributedOptimizer):
         ]
         return {"optimizer": {"param_groups": groups}}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for state in self.optimizer.state.values():
-            state.pop("step", None)
-
 
 def parameter_groups(model: list[torch.nn.Module], config: Config) -> list[dict[str, Any]]:
     """The four classes as groups, in a fixed order and present on every rank, empty or not."""

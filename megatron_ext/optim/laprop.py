@@ -46,6 +46,22 @@ class _GroupedOptimizer(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but averages keep their dtype and `step` stays in the group alone.
+
+        torch would round the averages of bfloat16 parameters; megatron-core's distributed optimizer
+        adds a `step` to every parameter where Transformer Engine and apex are absent.
+        """
+        super().load_state_dict(state_dict)
+        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved_ids, parameters, strict=True):
+            if index in state_dict["state"]:
+                saved = state_dict["state"][index]
+                self.state[parameter] = {
+                    name: saved[name].to(parameter.device) for name in ("exp_avg", "exp_avg_sq")
+                }
+
     def initialize_state(self) -> None:
         """Zero averages for every parameter that has none."""
         for group in self.param_groups:

@@ -1,0 +1,20 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def single_rank() -> Iterator[None]:
+    """This process as a run of one rank: one thread, and no process groups left behind."""
+    from megatron_ext.parallel.groups import shutdown_parallel
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    shutdown_parallel()
+    torch.set_num_threads(threads)
