@@ -122,12 +122,13 @@ def noise_for_validation(
     draw: int,
     num_draws: int,
     documents: np.ndarray | None = None,
-    uniform_noise_includes_mask: bool = True,
+    uniform_noise_includes_mask: bool = False,
 ) -> NoisedSequence:
     """Noise a whole validation sequence at the one log-SNR of `validation_log_snr`.
 
     No prompt, no infilling, no empty tokens: every position is in the loss. The result depends on
-    (seed, index, draw, num_draws) alone, so every evaluation of a run uses the same noise.
+    (seed, index, draw, num_draws) alone, so every evaluation of a run uses the same noise. Uniform
+    noise leaves out the mask unless asked for: the reported bound is one for that law alone.
     """
     x0 = np.array(tokens, dtype=np.int64)
     level = validation_log_snr(schedule, seed=seed, index=index, draw=draw, num_draws=num_draws)

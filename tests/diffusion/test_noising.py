@@ -414,10 +414,11 @@ def test_validation_noise_is_fixed_and_everywhere() -> None:
     for result in results:
         assert result.noise_mask.all() and (result.log_snr == result.log_snr[0]).all()
         assert (result.visibility[0] == 1).all() and np.array_equal(result.x0, tokens)
-        alpha = torch.sigmoid(torch.tensor(result.log_snr[0].item())).item()
-        share = torch.sigmoid(torch.tensor(result.log_snr[0].item())).item()
-        kept = alpha + (1 - alpha) * share / 7
+        # At shift 0 the share of uniform noise is alpha itself, and it leaves out the mask.
+        alpha = 1 / (1 + math.exp(-result.log_snr[0]))
+        kept = alpha + (1 - alpha) * alpha / 6
         assert_share(np.count_nonzero(result.xt == tokens), 500, kept)
+        assert_share(np.count_nonzero(result.xt == MASK_ID), 500, (1 - alpha) ** 2)
 
 
 def test_a_validation_draw_out_of_range_is_refused() -> None:
