@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -65,10 +66,12 @@ def main() -> int:
         return 2
     try:
         text, code = run(golden, config)
+        if is_first:
+            print(text, flush=True)
+        # torchrun ends the other ranks as soon as one reports a failure.
+        torch.distributed.barrier()
     finally:
         shutdown_parallel()
-    if is_first:
-        print(text)
     return code
 
 

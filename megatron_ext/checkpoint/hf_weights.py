@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_ext.checkpoint.hf_names import from_published, published_names, to_published
 from megatron_ext.model.diffusion_model import DiffusionModel
 from megatron_ext.model.init import cut, global_name
+from megatron_ext.parallel.parameters import complete_parameters
 
 from megatron.core.utils import unwrap_model  # isort: skip
 
@@ -114,8 +115,9 @@ def published_state(
     """Published tensors of this rank's pipeline stages, whole, on every rank of the tp group.
 
     `values` picks what is assembled for a parameter: the weight itself, or something of its shape
-    such as its gradient. All ranks of a tp group call this together.
+    such as its gradient. All ranks of the tp and data-parallel groups call this together.
     """
+    complete_parameters(model)
     state: dict[str, Tensor] = {}
     for chunk, name, parameter in _parameters(model):
         whole = join(values(parameter), parameter, chunk.groups.tp)

@@ -16,6 +16,7 @@ import torch
 from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint.identity import require_same, run_identity, weights_identity
 from megatron_ext.parallel.cpu import enable_cpu
+from megatron_ext.parallel.parameters import complete_parameters
 
 enable_cpu()
 
@@ -77,6 +78,7 @@ class CheckpointWriter:
     def save(self, model: list[torch.nn.Module], optimizer: Any, position: Position) -> None:
         """Write the checkpoint of `position.step`; replaces one of the same step."""
         self.finish()
+        complete_parameters(model)
         folder = manifest.partial_folder(self.root, position.step)
         if torch.distributed.get_rank() == 0:
             manifest.begin(self.root, position.step)

@@ -240,8 +240,8 @@ def _check_shifted(
             found = _forward(chunks, config, inputs, session)
             part = f"positions from {int(of_group[0])}: logits"
             parts.append(part)
+            want = recorded[key][rows.cpu().numpy()]
             if "logits" in found:
-                want = recorded[key][rows.cpu().numpy()]
                 measurements.append(
                     _measure_piece(part, found["logits"], want, tolerances.HIDDEN, config, session)
                 )
@@ -256,10 +256,12 @@ def _check_bf16(
     if not kinds:
         session.report.skip(f"{name} bf16_logits", "not recorded")
         return
-    in_bf16 = replace(
-        session,
-        config=session.config.with_sections(precision={"bf16": True}),
-    )
+    # No optimizer is built, so master weights are wherever the configuration allows them.
+    precision = {
+        "bf16": True,
+        "master_weights": session.config.parallel.use_distributed_optimizer,
+    }
+    in_bf16 = replace(session, config=session.config.with_sections(precision=precision))
     try:
         config = recorded_config(name.removeprefix("model_"), length, in_bf16)
     except Unsupported as reason:

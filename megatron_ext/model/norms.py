@@ -70,7 +70,7 @@ class SplitRMSNorm(torch.nn.Module):
             self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets
         )
 
-    def scaled(self, x: Tensor, sum_of_squares: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sum_of_squares: Tensor) -> Tensor:
         """`x` [..., width/tp] normalised by its row's sum of squares [..., 1] over all ranks."""
         exact = sum_of_squares.dtype
         inverse = torch.rsqrt(sum_of_squares / self.width + self.eps)
@@ -84,4 +84,5 @@ def normalize_pair(
     exact = torch.promote_types(query.dtype, torch.float32)
     squares = torch.stack([x.to(exact).square().sum(-1) for x in (query, key)])
     query_squares, key_squares = all_reduce_sum(squares, query_norm.tp_group).unsqueeze(-1)
-    return query_norm.scaled(query, query_squares), key_norm.scaled(key, key_squares)
+    # Called as modules: megatron-core waits for a module's overlapped weights when it is called.
+    return query_norm(query, query_squares), key_norm(key, key_squares)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_ext.config import Config
+from megatron_ext.parallel.parameters import complete_parameters
 from megatron_ext.presets import total_parameters
 from megatron_ext.scaling.flops import model_flops_per_token, peak_flops
 from megatron_ext.training.evaluation import ValidationResult
@@ -103,6 +104,7 @@ class Reporter:
     @torch.no_grad()
     def _parameter_norm(self) -> float:
         """L2 norm of all weights, each counted once."""
+        complete_parameters(self.trainer.model)
         squares = torch.zeros((), dtype=torch.float64, device=self.trainer.device)
         for chunk in self.trainer.model:
             for parameter in chunk.parameters():
