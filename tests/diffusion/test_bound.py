@@ -41,6 +41,7 @@ from tests.diffusion.bounds import STANDARD_ERRORS
 
 VOCAB_SIZE, MASK_ID = 5, 3
 SHIFTS = [-1000.0, 0.0, 1000.0]
+QUADRATURE = np.polynomial.legendre.leggauss(200)
 DATA = torch.tensor([0.5, 0.25, 0.15, 0.0, 0.1], dtype=torch.float64)
 UNDECIDED = torch.tensor([0.25, 0.25, 0.25, 0.0, 0.25], dtype=torch.float64)
 
@@ -111,7 +112,7 @@ def _objective_on_states(
 
 def _integral(schedule: MixingSchedule, denoiser: Denoiser, x0: Tensor) -> float:
     """Integral of p(lambda) E elbo by Gauss-Legendre quadrature."""
-    nodes, weights = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(300))
+    nodes, weights = (torch.from_numpy(x) for x in QUADRATURE)
     half = (schedule.max_log_snr - schedule.min_log_snr) / 2
     log_snr = schedule.min_log_snr + half * (1 + nodes)
     elbo = _objective_on_states(schedule, denoiser, x0, log_snr)

@@ -128,6 +128,8 @@ def head_backward(
             grad_weight.addmm_(rows.t(), hidden[part])
         else:
             grad_weight += rows.t() @ hidden[part]
+        # Or it would live on while the next chunk's logits are made.
+        del rows
     return grad_hidden, grad_weight.to(weight.dtype)
 
 
