@@ -531,6 +531,13 @@ class Config:
             "pure bfloat16 needs --no-use-distributed-optimizer.",
         )  # fmt: skip
         require(
+            parallel.use_distributed_optimizer
+            or not (precision.bf16 and precision.master_weights),
+            "use_distributed_optimizer", False,
+            "with --bf16 it keeps the master weights; leave it on (it serves one rank, too), or "
+            "give --no-master-weights.",
+        )  # fmt: skip
+        require(
             self.diffusion.objective != "ar" or not self.diffusion.causal_prompt_attn,
             "causal_prompt_attn", True, "--objective ar is causal everywhere.",
         )  # fmt: skip

@@ -41,15 +41,17 @@ def _state(
 ) -> dict[str, Any]:
     """The sharded state dict; `optimizer` may be absent (weights only)."""
     chunks = unwrap_model(model)
+    metadata = {**_SHARDING, "dp_cp_group": chunks[0].groups.dp_cp}
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     state: dict[str, Any] = {
-        name: chunk.sharded_state_dict(metadata=_SHARDING)
+        name: chunk.sharded_state_dict(metadata=metadata)
         for name, chunk in zip(names, chunks, strict=True)
     }
     if optimizer is not None:
-        weights = {key: value for name in names for key, value in state[name].items()}
+        # Nested: chunks count their layers from 0 in these dictionaries.
+        weights = {name: state[name] for name in names}
         state["optimizer"] = optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=_SHARDING
+            weights, is_loading=is_loading, metadata=metadata
         )
     state["position"] = {
         "step": position.step,

@@ -1,8 +1,8 @@
 """Our optimizers and parameter groups inside megatron-core's, and one guarded step.
 
 With the distributed optimizer every data-parallel rank keeps master weights and averages of its
-share of the flattened parameters; without, each rank keeps them all. The choice does not change
-the numbers.
+share of the flattened parameters; without, each rank keeps all averages, and there are no master
+weights (pure bfloat16, or float32). The choice does not change the numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ enable_cpu()
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.optimizer.optimizer import (  # noqa: E402
-    Float16OptimizerWithFloat16Params,
     FP32Optimizer,
     MegatronOptimizer,
 )
@@ -120,12 +119,11 @@ def build_optimizer(
         )  # fmt: skip
         optimizer.grad_stats_parallel_group = groups.intra_dist_opt
     else:
-        if engine.bf16:
-            optimizer = Float16OptimizerWithFloat16Params(inner, engine, None, initialize_state)
-        else:
-            optimizer = FP32Optimizer(inner, engine, initialize_state)
+        optimizer = FP32Optimizer(inner, engine, initialize_state)
         optimizer.grad_stats_parallel_group = groups.mp
     optimizer.tp_group = groups.tp
+    # A run may have to save before its first update, and the engine's checkpoints need averages.
+    inner.initialize_state()
     return optimizer
 
 

@@ -32,10 +32,6 @@ ONE_RANK: dict[str, dict[str, dict[str, Any]]] = {
     "distributed_optimizer": {},
     "adamw": {"optimizer": {"optimizer": "adamw", "lr": 0.1}},
     "bf16": {"precision": {"bf16": True}},
-    "bf16_plain_optimizer": {
-        "precision": {"bf16": True},
-        **split(use_distributed_optimizer=False),
-    },
     "pure_bf16": {
         "precision": {"bf16": True, "master_weights": False},
         **split(use_distributed_optimizer=False),

@@ -267,7 +267,9 @@ def test_trained_weights_do_not_depend_on_the_split(pair: Pair) -> None:
     whole = whole_weights([run.final for run in pair.ranks], VOCABULARY)
     initial = whole_weights([pair.reference.initial], VOCABULARY)
     for name, values in whole_weights([pair.reference.final], VOCABULARY).items():
-        # Single elements may differ more: LaProp turns a gradient that is all rounding into a step.
-        moved = (values - initial[name]).norm()
+        # LaProp turns a gradient that is nothing but rounding into a whole step, so a few elements
+        # may go elsewhere; all others agree.
+        moved = (values - initial[name]).abs().max()
         assert moved > 0, name
-        assert (whole[name] - values).norm() <= 1e-3 * moved, name
+        strays = (whole[name] - values).abs() > 1e-3 * moved
+        assert strays.sum() <= max(1, 1e-3 * strays.numel()), name
