@@ -51,7 +51,8 @@ class StopGuard:
             local = 1
         if self.signal_name is not None:
             local = 2
-        if self.config.exit_interval and completed_steps % self.config.exit_interval == 0:
+        interval, is_last = self.config.exit_interval, completed_steps >= self.config.train_iters
+        if interval and completed_steps % interval == 0 and not is_last:
             local = 3
         if self.bad_steps >= self.config.max_consecutive_bad_steps:
             local = 4

@@ -7,6 +7,7 @@ otherwise. Only the rank that owns the log writes; on the others every method do
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -20,8 +21,11 @@ from megatron_ext.training.step import NUM_BINS, LossSums
 
 
 def averages(sums: LossSums, prefix: str, config: Config) -> dict[str, float]:
-    """Means per noised token, with the bound by log-SNR bin (named by its lower edge)."""
-    count = max(sums.count.item(), 1.0)
+    """Means per noised token, with the bound by log-SNR bin (named by its lower edge).
+
+    NaN where there was no token, as after nothing but skipped steps.
+    """
+    count = sums.count.item() or math.nan
     values = {
         f"{prefix}/{name}": getattr(sums, name).item() / count
         for name in ("loss", "elbo", "kl", "is_div")

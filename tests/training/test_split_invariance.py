@@ -10,16 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from megatron_ext.config import Config
-from tests.data.corpora import write_with_megatron
 from tests.distributed import run_ranks
 from tests.training.tiny import (
     NUM_VALIDATION,
     STEPS,
+    VOCABULARY,
     Run,
     run_cases,
     tiny_config,
@@ -29,8 +28,6 @@ from tests.training.tiny import (
 
 TOLERANCE = 1e-5
 """Relative, of losses, bounds and gradient norms in float32; seen: up to 1e-6."""
-VOCABULARY = 61
-
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "hybrid": {},
     "six_layers": {"model": {"num_layers": 6}},
@@ -177,15 +174,6 @@ LAYOUTS: dict[str, Layout] = {
     "dp4": layout(4),
     "documents_tp2_cp2_sp": layout(4, "documents", tp=2, cp=2, sequence_parallel=True),
 }
-
-
-@pytest.fixture(scope="session")
-def document_prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """60 documents of 3 to 40 tokens: several in a sequence, some longer than one."""
-    rng = np.random.default_rng(11)
-    documents = [[rng.integers(4, VOCABULARY, rng.integers(3, 41))] for _ in range(60)]
-    folder = tmp_path_factory.mktemp("documents")
-    return str(write_with_megatron(folder / "documents", documents))
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ from megatron_ext.training.evaluation import evaluate
 from megatron_ext.training.loop import Trainer
 
 STEPS = 5
+VOCABULARY = 61
+"""An odd number, padded for tp 2; no ids below 4 occur in the data."""
 NUM_VALIDATION = 5
 """Sequences in the validation bound: no multiple of micro-batch size x data-parallel size."""
 
@@ -33,7 +35,7 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
             "hidden_size": 32,
             "num_attention_heads": 4,
             "seq_length": 32,
-            "vocab_size": 61,
+            "vocab_size": VOCABULARY,
             "make_vocab_size_divisible_by": 1,
             "head_init_std": 0.02,
         },
