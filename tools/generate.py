@@ -1,64 +1,75 @@
-"""Sample text from a training run.
+"""Sample text from a training run or a Hugging Face folder.
 
 python tools/generate.py --load runs/quickstart --num-samples 2 --steps 64
 python tools/generate.py --load runs/quickstart --prompt "The state of the union"
+torchrun --nproc-per-node 2 tools/generate.py --load runs/quickstart --tensor-model-parallel-size 2
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ext.inference.sampling import SamplingConfig, until_end  # noqa: E402
+from megatron_ext.hf.generation_gidd import SamplingConfig  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to sample from, and where samples go."""
+
+    load: str
+    """A run's --save folder, or a Hugging Face folder."""
+    prompt: tuple[str, ...] = ("",)
+    """Texts to continue; each <|mask|> in one is a token to fill in."""
+    input: Path | None = None
+    """JSON lines with a "prompt" each, instead of --prompt."""
+    output: Path | None = None
+    """Write JSON lines with "prompt", "sample" and "text" instead of printing."""
+    num_samples: int = 1
+    """Samples of each prompt."""
+    batch_size: int = 8
+    """Sequences denoised together."""
+    trace: Path | None = None
+    """Write every step of the first batch as JSON, for tools/visualize_denoising.py."""
+    ckpt_step: int | None = None
+    """Checkpoint of a run to use; the latest when absent."""
+    tokenizer_model: str | None = None
+    """Where the tokenizer is, if not where it was in training."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks in a pipeline of layers."""
 
 
 def run(
-    load: str,
+    config: tyro.conf.OmitArgPrefixes[GenerateConfig],
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig],
-    prompt: str = "",
-    num_samples: int = 1,
-    length: int | None = None,
-    ckpt_step: int | None = None,
-    tokenizer_model: str | None = None,
 ) -> None:
-    """Sample text from a training run.
+    """Sample text from a training run or a Hugging Face folder."""
+    from megatron_ext.config import ParallelConfig
+    from megatron_ext.inference.generate import generate, read_prompts, write_samples
+    from megatron_ext.inference.load import load_model
+    from megatron_ext.parallel.groups import shutdown_parallel
 
-    Args:
-        load: the run's --save folder.
-        sampling: how to sample.
-        prompt: text to continue.
-        num_samples: sequences to draw.
-        length: tokens of a sequence, prompt included; the training length when absent.
-        ckpt_step: checkpoint to use; the latest when absent.
-        tokenizer_model: where the tokenizer is, if not where it was in training.
-    """
-    from megatron_ext.inference.load import load_run
-    from megatron_ext.inference.sampling import sample_ancestral
-
-    loaded = load_run(load, ckpt_step, tokenizer_model)
-    tokenizer = loaded.tokenizer
-    ids = tokenizer.encode(prompt) if prompt else []
-    length = length or loaded.config.model.seq_length
-    if length > loaded.config.model.seq_length:
-        raise ValueError(
-            f"--length is {length}: the model was trained on {loaded.config.model.seq_length}."
-        )
-
-    def progress(steps: range) -> tqdm:
-        return tqdm(steps, desc="sample", unit="step", disable=None)
-
-    samples = sample_ancestral(
-        loaded.denoise, loaded.schedule, [ids] * num_samples, length, sampling, progress
+    prompts = read_prompts(config.input) if config.input is not None else list(config.prompt)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
     )
-    for number, sample in enumerate(samples.tolist()):
-        new = until_end(sample, len(ids), tokenizer.eos_id)
-        text = tokenizer.decode([id for id in new if id != tokenizer.pad_id])
-        print(f"--- sample {number} of step {loaded.step} ---\n{prompt}{text}\n")
+    try:
+        model = load_model(config.load, config.ckpt_step, config.tokenizer_model, parallel)
+        samples = generate(
+            model, [text for text in prompts for _ in range(config.num_samples)], sampling,
+            batch_size=config.batch_size, trace=config.trace,
+        )  # fmt: skip
+        write_samples(samples, model.name, config.output)
+    finally:
+        shutdown_parallel()
 
 
 def main() -> None:

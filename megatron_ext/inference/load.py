@@ -1,46 +1,80 @@
-"""A training run's model, ready to be asked for logits, on one process."""
+"""A model ready for sampling: from a training run at any layout, or from a Hugging Face folder."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_ext.checkpoint.training import find_checkpoint, load_checkpoint
 from megatron_ext.cli import load_config
 from megatron_ext.config import Config, ParallelConfig, require
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.diffusion.schedule import MixingSchedule
+from megatron_ext.hf.generation_gidd import CachedDenoiser, Denoiser
+from megatron_ext.inference.denoiser import TrainingDenoiser
 from megatron_ext.model.diffusion_model import DiffusionModel
 from megatron_ext.parallel.groups import device_of_rank, initialize_parallel
 from megatron_ext.training.build import build_schedule, resolve_vocabulary
 
 
 @dataclass(frozen=True)
-class LoadedRun:
-    """Weights of a checkpoint with what they were trained with."""
+class LoadedModel:
+    """A trained model with what it was trained with."""
 
-    config: Config
+    denoiser: Denoiser
     schedule: MixingSchedule
     tokenizer: Tokenizer
-    model: DiffusionModel
-    step: int
-
-    def denoise(self, ids: Tensor, visibility: Tensor) -> Tensor:
-        """Logits [b, s, v] float32 on the CPU."""
-        device = device_of_rank()
-        return self.model(ids.to(device), visibility.to(device)).cpu()
+    context: int
+    """Positions of the model."""
+    name: str
+    device: torch.device
 
 
-def load_run(root: str | Path, step: int | None = None, tokenizer: str | None = None) -> LoadedRun:
+def load_model(
+    path: str | Path,
+    step: int | None = None,
+    tokenizer: str | None = None,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008
+) -> LoadedModel:
+    """A run's `--save` folder, or a folder in the published Hugging Face format.
+
+    `step` and `parallel` are for runs. `tokenizer` replaces the one that the folder names. Raises
+    `ValueError` for anything else.
+    """
+    if (Path(path) / "config.json").is_file():
+        require(step is None, "ckpt_step", step, f"{path} is a Hugging Face folder.")
+        require(
+            int(os.environ.get("WORLD_SIZE", "1")) == 1, "load", str(path),
+            "a Hugging Face model samples on one process; start it without torchrun.",
+        )  # fmt: skip
+        return _load_hugging_face(Path(path), tokenizer)
+    return _load_run(Path(path), step, tokenizer, parallel)
+
+
+def _load_hugging_face(path: Path, tokenizer: str | None) -> LoadedModel:
+    from megatron_ext.hf import GiddForDiffusionLM
+
+    device = device_of_rank()
+    model = GiddForDiffusionLM.from_pretrained(path).to(device).eval()
+    loaded = load_tokenizer(tokenizer or str(path))
+    schedule = model.mixing_schedule(loaded.special_id("mask"))
+    context = model.config.max_position_embeddings
+    return LoadedModel(CachedDenoiser(model), schedule, loaded, context, str(path), device)
+
+
+def _load_run(
+    root: Path, step: int | None, tokenizer: str | None, parallel: ParallelConfig
+) -> LoadedModel:
     """Open the checkpoint `step` (latest when absent) of the run that was saved to `root`.
 
     The layout it was trained at does not matter. `tokenizer` replaces the run's own path. Raises
-    `ValueError` where there is no run, no tokenizer, or the model is causal.
+    `ValueError` where there is no run, no tokenizer, the model is causal, or the layout is not
+    one of tensor and pipeline parallelism alone.
     """
-    path = Path(root) / "config.yaml"
+    path = root / "config.yaml"
     if not path.is_file():
         raise ValueError(f"--load is {str(root)!r}: there is no config.yaml of a run in it.")
     saved = load_config(path)
@@ -52,7 +86,7 @@ def load_run(root: str | Path, step: int | None = None, tokenizer: str | None = 
         precision=saved.precision,
         noise=saved.noise,
         data=saved.with_sections(data={"tokenizer_model": tokenizer}).data,
-        parallel=ParallelConfig(distributed_backend=saved.parallel.distributed_backend),
+        parallel=parallel,
     )
     require(
         config.diffusion.objective != "ar", "load", str(root),
@@ -60,12 +94,35 @@ def load_run(root: str | Path, step: int | None = None, tokenizer: str | None = 
     )  # fmt: skip
     folder = find_checkpoint(root, step)
     groups = initialize_parallel(config.parallel)
+    world_size = torch.distributed.get_world_size()
     require(
-        torch.distributed.get_world_size() == 1, "load", str(root),
-        "sampling runs on one process; start it without torchrun.",
+        world_size
+        == parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size,
+        "tensor_model_parallel_size", parallel.tensor_model_parallel_size,
+        f"tp x pp must be the number of ranks ({world_size}).",
+    )  # fmt: skip
+    require(
+        parallel.num_virtual_stages_per_pipeline_rank == 1 and not parallel.sequence_parallel,
+        "num_virtual_stages_per_pipeline_rank", parallel.num_virtual_stages_per_pipeline_rank,
+        "here a pipeline rank holds one chunk, and there is no sequence parallelism.",
     )  # fmt: skip
     vocabulary = resolve_vocabulary(config)
     schedule = build_schedule(config, vocabulary)
-    model = DiffusionModel(config, vocabulary.size, schedule, groups).to(device_of_rank()).eval()
+    model = DiffusionModel(
+        config,
+        vocabulary.size,
+        schedule,
+        groups,
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == groups.pp.size() - 1,
+    )
+    model = model.to(device_of_rank()).eval()
     position = load_checkpoint(folder, [model], None)
-    return LoadedRun(config, schedule, load_tokenizer(str(tokenizer)), model, position.step)
+    return LoadedModel(
+        TrainingDenoiser(model),
+        schedule,
+        load_tokenizer(str(tokenizer)),
+        config.model.seq_length,
+        f"{root} at step {position.step}",
+        device_of_rank(),
+    )

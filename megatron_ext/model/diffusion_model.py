@@ -211,7 +211,8 @@ class DiffusionModel(MegatronModule):
     ) -> Tensor | GiddLoss:
         """Hidden states on all but the last stage; there losses, or logits without targets.
 
-        `positions` [s/cp] replaces the absolute positions that follow from the cp rank.
+        `positions` [s/cp], or [b, s/cp] where rows differ, replace the absolute positions that
+        follow from the cp rank.
         """
         hidden = self.hidden_states(input_ids, visibility, positions)
         return self.output_layer(hidden, targets) if self.post_process else hidden
