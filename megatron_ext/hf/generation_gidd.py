@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .schedule_gidd import MixingSchedule
 
@@ -578,7 +578,7 @@ class GiddGenerationMixin:
             grid=noise_schedule, mode=mode, look_ahead=look_ahead,
             seed=int(torch.randint(2**62, ())) if seed is None else seed,
         )  # type: ignore[arg-type]  # fmt: skip
-        return sample(
+        output = sample(
             CachedDenoiser(self, use_cache=use_cache),
             self.mixing_schedule(mask_token_id),
             prompts,
@@ -590,6 +590,8 @@ class GiddGenerationMixin:
             observer=observer,
             progress=_bar if show_progress else iter,
         )
+        in_front = inputs.shape[1] - max(map(len, prompts))
+        return nn.functional.pad(output, (in_front, 0), value=pad_token_id)
 
     def mixing_schedule(self, mask_token_id: int = 3) -> MixingSchedule:
         """The noise the model was trained with."""
