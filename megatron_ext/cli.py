@@ -9,10 +9,13 @@ same run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
 import sys
+import types
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,15 +33,31 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 
 def _section_values(section: type, values: Any, where: str) -> dict[str, Any]:
+    """A section's values as its fields want them; unknown names and wrong types are errors."""
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{where} must hold names and values, not {values!r}")
-    fields = {field.name for field in dataclasses.fields(section)}
-    for name in values:
-        if name not in fields:
-            raise ValueError(f"{where}: unknown field {name!r}{_suggest(name, sorted(fields))}")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    hints = typing.get_type_hints(section)
+    typed = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"{where}: unknown field {name!r}{_suggest(name, sorted(hints))}")
+        typed[name] = _typed(value, hints[name])
+        if not _fits(typed[name], hints[name]):
+            expected = _readable(hints[name])
+            raise ValueError(f"{where}: {name} is {value!r}, expected {expected}")
+    return typed
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """YAML has no tuples and reads 1e-3 as text."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and not _fits(value, hint) and _fits(0.5, hint):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def read_yaml(path: str | Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
@@ -62,31 +81,11 @@ def read_yaml(path: str | Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
     }
 
 
-def _checked_types(config: Config, path: str | Path | None) -> Config:
-    """YAML reads 1e-3 as text and 1 as int; bring numbers to the fields' types or say which not."""
-    import typing
-
-    for section_field in dataclasses.fields(config):
-        section = getattr(config, section_field.name)
-        hints = typing.get_type_hints(type(section))
-        for item in dataclasses.fields(section):
-            value, hint = getattr(section, item.name), hints[item.name]
-            if not _fits(value, hint):
-                raise ValueError(
-                    f"{path}, section {section_field.name!r}: {item.name} is {value!r}, "
-                    f"expected {_readable(hint)}"
-                )
-    return config
-
-
 def _readable(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)).replace("typing.", "")
+    return (hint.__name__ if isinstance(hint, type) else str(hint)).replace("typing.", "")
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    import types
-    import typing
-
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(hint))
@@ -101,8 +100,8 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def load_config(path: str | Path | None = None, model_preset: str | None = None) -> Config:
-    """The configuration that a recipe (and a preset) describes, without command-line flags."""
+def _sections(path: str | Path | None, model_preset: str | None) -> dict[str, dict[str, Any]]:
+    """What a recipe and a preset set, by section; values have the right types, no more."""
     sections: dict[str, dict[str, Any]] = {}
     if path is not None:
         preset_of_file, sections = read_yaml(path)
@@ -113,32 +112,50 @@ def load_config(path: str | Path | None = None, model_preset: str | None = None)
             raise ValueError(f"--model-preset is {model_preset!r}{known}")
         sections = {**sections}
         sections["model"] = {**MODEL_PRESETS[model_preset], **sections.get("model", {})}
-    built = {}
-    for section in dataclasses.fields(Config):
-        factory = section.default_factory
-        values = sections.get(section.name, {})
-        try:
-            built[section.name] = factory(**values)  # type: ignore[misc,operator]
-        except TypeError as error:
-            raise ValueError(f"{path}, section {section.name!r}: {error}") from error
-    return _checked_types(Config(**built), path)
+    return sections
+
+
+def load_config(path: str | Path | None = None, model_preset: str | None = None) -> Config:
+    """The configuration that a recipe (and a preset) describes, without command-line flags."""
+    sections = _sections(path, model_preset)
+    return Config(
+        **{
+            field.name: field.default_factory(**sections.get(field.name, {}))  # type: ignore[misc,operator]
+            for field in dataclasses.fields(Config)
+        }
+    )
+
+
+def _without_checks(section: type) -> type:
+    """The section with the same fields and help, but values that need not fit together.
+
+    A recipe may be complete only together with flags, such as `save_interval` with --save.
+    """
+    return type(
+        section.__name__,
+        (section,),
+        {"__post_init__": lambda self: None, "__doc__": section.__doc__},
+    )
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line. Prints help and exits for --help.
 
-    Raises `ValueError` for values that contradict each other; unknown flags end the program with
-    the nearest known flag.
+    Raises `ValueError` for values that contradict each other; unknown flags and words that are no
+    value of their flag end the program, with the nearest known flag.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--model-preset")
     known, rest = first.parse_known_args(argv)
-    default = load_config(known.config, known.model_preset)
-    flags = Annotated[Config, tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands]
-    return tyro.cli(
-        flags,  # type: ignore[arg-type]
+    values = _sections(known.config, known.model_preset)
+    checked = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    unchecked = {name: _without_checks(section) for name, section in checked.items()}  # type: ignore[arg-type]
+    flags = dataclasses.make_dataclass("Config", unchecked.items())
+    default = flags(**{name: kind(**values.get(name, {})) for name, kind in unchecked.items()})
+    parsed = tyro.cli(
+        Annotated[flags, tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands],  # type: ignore[arg-type,valid-type]
         args=rest,
         default=default,
         prog="pretrain_diffusion.py",
@@ -147,6 +164,9 @@ def parse(argv: Sequence[str] | None = None) -> Config:
             "--config FILE reads a YAML recipe and --model-preset NAME a published size "
             f"({', '.join(MODEL_PRESETS)}); flags override both."
         ),
+    )
+    return Config(
+        **{name: section(**vars(getattr(parsed, name))) for name, section in checked.items()}  # type: ignore[misc,operator]
     )
 
 
