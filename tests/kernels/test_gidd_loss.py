@@ -265,6 +265,21 @@ def test_fused_head_loses_no_more_than_the_reference(shift: float, dtype: torch.
     assert_as_close_as_reference(got, reference, truth, dtype)
 
 
+def test_weight_gradient_accumulates_over_chunks_in_float32() -> None:
+    """1024 equal tokens, one per chunk: in bfloat16 the sum would stop growing at 256."""
+    schedule = MixingSchedule(29, MASK_ID, 0.0)
+    one = Tokens(torch.tensor([MASK_ID]), torch.tensor([7]), torch.tensor([0.5]))
+    hidden, weight = draw_normal(1, 8, seed=6).bfloat16(), draw_normal(29, 8, seed=7).bfloat16()
+
+    def weight_gradient(num_tokens: int) -> Tensor:
+        leaves = hidden.repeat(num_tokens, 1).requires_grad_(), _leaf(weight, torch.bfloat16)
+        tokens = (x.repeat(num_tokens) for x in one)
+        linear_gidd_loss(*leaves, *tokens, schedule, chunk_size=1).loss.sum().backward()
+        return leaves[1].grad
+
+    assert torch.equal(weight_gradient(1024), 1024 * weight_gradient(1))
+
+
 @pytest.mark.parametrize("shift", [-95.0, -85.0, -80.0, -60.0, -30.0, 30.0, 100.0])
 def test_a_share_at_the_edge_of_float32_is_the_masked_or_uniform_limit(shift: float) -> None:
     """Uniform noise per id between the smallest float32 and zero must not overflow its inverse."""
@@ -279,6 +294,27 @@ def test_a_share_at_the_edge_of_float32_is_the_masked_or_uniform_limit(shift: fl
     torch.testing.assert_close(got.loss.double(), truth.loss, rtol=1e-5, atol=5e-5)
     torch.testing.assert_close(grad.double(), grad_truth, rtol=1e-5, atol=5e-6)
     assert all(x.isfinite().all() for x in got)
+
+
+def test_nothing_cancels_at_low_snr_in_float32() -> None:
+    """KL and IS are of the order of v^2 there, and every token keeps its digits.
+
+    The dense form subtracts logarithms of near equals, and is off by percents.
+    """
+    schedule = MixingSchedule(997, MASK_ID, 1000.0)
+    xt, x0, _ = draw_tokens(schedule, 256, seed=8)
+    log_snr = torch.linspace(-9, -7, 256)
+    other = torch.where((x0 + 1) % 997 == MASK_ID, 5, (x0 + 1) % 997)
+    xt = torch.where(torch.arange(256) % 2 == 0, other, x0)
+    logits = draw_normal(256, 997, seed=9).float()
+    tokens = Tokens(xt, x0, log_snr)
+    truth, _ = _dense(logits, Tokens(xt, x0, log_snr.double()), schedule, 1.0)
+    got, _ = _on_logits(logits, tokens, schedule, 1.0)
+    dense, _ = _on_logits(logits, tokens, schedule, 1.0, "reference")
+    for ours, theirs, exact in zip(got, dense, truth, strict=True):
+        # IS of a replaced token is v^2 / 2 - 1e-12 / c, and may pass through zero.
+        torch.testing.assert_close(ours.double(), exact, rtol=4e-6, atol=1e-14)
+        assert ((theirs - exact).abs() > 0.01 * exact.abs()).any()
 
 
 def test_closed_form_keeps_its_gradient_where_the_dense_form_underflows() -> None:

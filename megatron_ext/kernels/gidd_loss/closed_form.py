@@ -96,9 +96,10 @@ def _minus_log1p(v: Tensor) -> Tensor:
 
 
 def _log_deficit(u: Tensor, log_rest: Tensor) -> Tensor:
-    """-log(1 - u) - u for u in [0, 1), given log(1 - u) computed without cancellation."""
+    """-log(1 - u) - u for u in [0, 1), given log(1 - u), whose digits count near u = 1 only."""
     limit = 2e-2 if u.dtype == torch.float32 else 1e-3
     series = u * u * (0.5 + u * (1 / 3 + u * (0.25 + u * 0.2)))
+    log_rest = torch.where(u < 0.5, torch.log1p(-u), log_rest)
     return torch.where(u < limit, series, -log_rest - u)
 
 
