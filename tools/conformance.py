@@ -54,18 +54,18 @@ def main() -> int:
     try:
         arguments = tyro.cli(flags, prog="conformance.py")  # type: ignore[arg-type]
 
-        from megatron_ext.conformance.run import open_folder, run, session_config
-        from megatron_ext.parallel.groups import initialize_distributed, shutdown_parallel
+        from megatron_ext.conformance.run import open_folder, run, session_config, start_session
+        from megatron_ext.parallel.groups import shutdown_parallel
 
         golden = open_folder(arguments.golden)
         config = session_config(arguments.parallel, arguments.precision, arguments.micro_batch_size)
-        initialize_distributed(config.parallel)
+        session = start_session(golden, config)
     except ValueError as error:
         if is_first:
             print(f"conformance.py: {error}", file=sys.stderr)
         return 2
     try:
-        text, code = run(golden, config)
+        text, code = run(session)
         if is_first:
             print(text, flush=True)
         # torchrun ends the other ranks as soon as one reports a failure.

@@ -78,13 +78,16 @@ def load_published_weights(
     _check_names(model, tensors)
     for chunk, name, parameter in _parameters(model):
         tp = chunk.groups.tp
-        whole = from_published(name, tensors, chunk.settings.model.num_attention_heads)
-        expected = _whole_shape(name, parameter, tp.size(), vocab_size)
-        if tuple(whole.shape) != expected:
-            raise ValueError(
-                f"{' + '.join(published_names(name))}: shape {tuple(whole.shape)} does not fit "
-                f"the model, which has {expected}"
-            )
+        heads = chunk.settings.model.num_attention_heads
+        parts = {key: tensors[key] for key in published_names(name)}
+        shape = _whole_shape(name, parameter, tp.size(), vocab_size)
+        for key, fitting in to_published(name, torch.empty(shape, device="meta"), heads).items():
+            if parts[key].shape != fitting.shape:
+                raise ValueError(
+                    f"{key} has shape {tuple(parts[key].shape)}; the model has "
+                    f"{tuple(fitting.shape)}"
+                )
+        whole = from_published(name, parts, heads)
         if name in _TABLES:
             split = tp.size() if _is_split(parameter) else 1
             padding = parameter.shape[0] * split - vocab_size

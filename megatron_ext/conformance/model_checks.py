@@ -22,7 +22,6 @@ from megatron_ext.conformance.models import build_recorded_model, recorded_confi
 from megatron_ext.conformance.recorded_batches import pad_positions, piece_of_rank
 from megatron_ext.conformance.report import Measurement, measure, measure_rms
 from megatron_ext.conformance.session import Session
-from megatron_ext.conformance.tolerances import Tolerance
 from megatron_ext.diffusion.schedule import MixingSchedule
 
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
@@ -107,7 +106,7 @@ def _catch(chunk: Any, found: dict[str, Tensor]) -> Iterator[Any]:
 
 
 def _measure_piece(
-    part: str, got: Tensor, want: np.ndarray, tolerance: Tolerance, config: Config, session: Session
+    part: str, got: Tensor, want: np.ndarray, config: Config, session: Session
 ) -> Measurement:
     """Compare this rank's piece of a recorded [b, s, ...]; positions beyond s are padding."""
     of_hidden = not part.endswith("logits")
@@ -117,9 +116,9 @@ def _measure_piece(
     mine = want[:, piece]
     got = got[:, : mine.shape[1]]
     if not config.precision.bf16:
-        return measure(part, got, mine, tolerance)
+        return measure(part, got, mine, tolerances.HIDDEN)
     rms = float(np.sqrt(np.mean(np.square(want, dtype=np.float64))))
-    return measure_rms(part, got, mine, tolerance, rms)
+    return measure_rms(part, got, mine, tolerances.HIDDEN_BF16, rms)
 
 
 def _mask_of(recorded: Arrays, kind: str, session: Session) -> Tensor:
@@ -140,16 +139,10 @@ def check_model(name: str, session: Session) -> None:
     tensors = session.golden.tensors(f"{name}.safetensors")
     length = recorded["input_ids"].shape[1]
     config = recorded_config(model, length, session)
-    in_bf16 = session.config.precision.bf16
     if recorded.ignore(r".*_attn_probs"):
         session.report.skip(f"{name} attn_probs", "not an output of the training model")
-    if in_bf16:
-        for what in ("embed", "layer_out", "final_norm", "logits", "jax_logits"):
-            session.report.skip(f"{name} {what}", "recorded in float32; this run is --bf16")
-        recorded.ignore(r"(?!bf16|mask_|input_ids).*")
-    else:
-        chunks = build_recorded_model(config, tensors, _schedule(config), session)
-        _check_float32(name, session, recorded, config, chunks)
+    chunks = build_recorded_model(config, tensors, _schedule(config), session)
+    _check_own_precision(name, session, recorded, config, chunks)
     _check_bf16(name, session, recorded, tensors, length)
     recorded.ignore("mask_.*")
     if recorded.unread():
@@ -161,9 +154,10 @@ def _schedule(config: Config) -> MixingSchedule:
     return MixingSchedule(vocab_size=vocabulary_of(config), mask_token_id=0, shift=0.0)
 
 
-def _check_float32(
+def _check_own_precision(
     name: str, session: Session, recorded: Arrays, config: Config, chunks: list[Any]
 ) -> None:
+    """What is recorded in float32 against the run's own precision."""
     ids = recorded.tensor("input_ids", session.device)
     kinds = recorded.prefixes(r"mask_(.+)")
     if not kinds:
@@ -180,7 +174,7 @@ def _check_float32(
             session.report.check(
                 f"{name} {what}",
                 [
-                    _measure_piece(label, found[source], want, tolerances.HIDDEN, config, session)
+                    _measure_piece(label, found[source], want, config, session)
                     for label, (source, want) in parts.items()
                     if source in found
                 ],
@@ -211,11 +205,10 @@ def _check_logits(
     config: Config,
     session: Session,
 ) -> None:
-    tolerance = tolerances.LOGITS_BF16 if config.precision.bf16 else tolerances.HIDDEN
     want = recorded[key]
     measurements = []
     if "logits" in found:
-        measurements = [_measure_piece(key, found["logits"], want, tolerance, config, session)]
+        measurements = [_measure_piece(key, found["logits"], want, config, session)]
     session.report.check(check, measurements, [key])
 
 
@@ -242,9 +235,7 @@ def _check_shifted(
             parts.append(part)
             want = recorded[key][rows.cpu().numpy()]
             if "logits" in found:
-                measurements.append(
-                    _measure_piece(part, found["logits"], want, tolerances.HIDDEN, config, session)
-                )
+                measurements.append(_measure_piece(part, found["logits"], want, config, session))
         session.report.check(f"{name} {key}", measurements, parts)
 
 

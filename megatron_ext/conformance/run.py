@@ -89,18 +89,22 @@ def session_config(
     )
 
 
-def run(golden: Golden, config: Config) -> tuple[str, int]:
-    """Make every check; returns the text to print and the exit code, the same on every rank."""
+def start_session(golden: Golden, config: Config) -> Session:
+    """Process groups of the layout; raises `ValueError` where it does not fit the ranks."""
     groups = initialize_parallel(config.parallel, config.training.seed)
-    session = Session(golden, config, groups, device_of_rank(), Report())
+    return Session(golden, config, groups, device_of_rank(), Report())
+
+
+def run(session: Session) -> tuple[str, int]:
+    """Make every check; returns the text to print and the exit code, the same on every rank."""
     for kind in KINDS:
-        names = list(_names(kind, golden))
+        names = list(_names(kind, session.golden))
         for name in names:
             _run_check(kind.check, name, session)
         if not names:
             session.report.skip(kind.label, "no such file")
     _list_other_files(session)
-    return session.report.finish(f"{golden.folder}: {session.layout()}")
+    return session.report.finish(f"{session.golden.folder}: {session.layout()}")
 
 
 def _names(kind: Kind, golden: Golden) -> Iterator[str]:
