@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_ext.config import Config
+from megatron_ext.parallel.parameters import complete_parameters
 from megatron_ext.training.loop import Trainer
 from tests.checkpoint.segments import optimizer_state
 from tests.distributed import run_ranks
@@ -20,15 +21,9 @@ from tests.training.tiny import split, tiny_config
 
 
 def infinite_gradient(trainer: Trainer) -> list[Any]:
-    """The gradient of this rank's last parameter times infinity."""
-    model = trainer.model[-1].module
-    layer = model.decoder.layers[-1].mlp.linear_fc2
-
-    def spoil(module: Any, grad_input: Any, grad_output: Any) -> Any:
-        del module, grad_input
-        return tuple(None if g is None else g * torch.inf for g in grad_output)
-
-    return [layer.register_full_backward_hook(lambda m, i, o: tuple(spoil(m, i, o)[:1]))]
+    """The gradient of one of this rank's matrices times infinity."""
+    weight = trainer.model[-1].module.decoder.layers[-1].mlp.linear_fc2.weight
+    return [weight.register_hook(lambda gradient: gradient * torch.inf)]
 
 
 def nan_loss(trainer: Trainer) -> list[Any]:
@@ -61,6 +56,7 @@ CASES: dict[str, tuple[dict[str, Any], str, int]] = {
 
 
 def state_of(trainer: Trainer) -> list[Any]:
+    complete_parameters(trainer.model)
     weights = [p.detach().clone() for chunk in trainer.model for p in chunk.parameters()]
     return [*weights, *optimizer_state(trainer)]
 

@@ -21,7 +21,8 @@ RUN = [
     "--micro-batch-size", "2", "--global-batch-size", "4", "--log-interval", "1",
     "--train-iters", "100000",
 ]  # fmt: skip
-START_SECONDS = 120
+START_SECONDS = 400
+"""Patience with a machine that does much else."""
 
 
 def wait_for_first_step(save: Path, process: subprocess.Popen) -> None:
@@ -70,11 +71,10 @@ def test_sigusr1_to_one_of_two_workers_stops_both_at_one_step(tmp_path: Path) ->
     output, _ = process.communicate(timeout=START_SECONDS)
     step = manifest.latest_step(tmp_path)
     assert step is not None and f"stopping at step {step}: received" in output
-    # torchrun itself ends with 1 and reports the workers' codes.
+    # torchrun itself ends with 1 and reports its workers' codes; it terminates the slower one.
     assert process.returncode == 1
-    assert re.findall(r"exitcode\s*: (-?\d+)", output) and set(
-        re.findall(r"exitcode\s*: (-?\d+)", output)
-    ) == {"85"}
+    codes = set(re.findall(r"exitcode\s*: (-?\d+)", output))
+    assert "85" in codes and codes <= {"85", "-15"}
 
 
 @pytest.mark.parametrize(
