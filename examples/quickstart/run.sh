@@ -8,7 +8,7 @@ export OMP_NUM_THREADS=1
 
 data=data/quickstart
 recipe=examples/quickstart/pretrain.yaml
-steps=${STEPS:-400}
+steps=${STEPS:-240}
 stable=$((steps * 3 / 4))
 say() { printf '\n== %s\n' "$*"; }
 
