@@ -77,15 +77,14 @@ def check_schedule(name: str, session: Session) -> None:
 def mask_id_of_large_vocabulary(recorded: Arrays, vocab_size: int) -> int:
     """Entries for another vocabulary may have been made with another mask id than the file's.
 
-    Without an entry that says so, the file's own if the pairs use it as noise, else the first
-    noise token of the pairs.
+    Without an entry that says so: where the file's own pairs begin with its mask as noise, these
+    do as well; else it is the file's own.
     """
     explicit, pairs = f"V{vocab_size}_mask_id", f"V{vocab_size}_pairs"
     if explicit in recorded:
         return recorded.integer(explicit)
     own = recorded.integer("mask_id")
-    noise = recorded[pairs][:, 0]
-    return own if own in noise else int(noise[0])
+    return int(recorded[pairs][0, 0]) if recorded["pairs"][0, 0] == own else own
 
 
 def _check_outputs(
