@@ -6,6 +6,7 @@ tokens. The clean prefix runs again in every step: this model keeps no keys and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,25 +20,29 @@ enable_cpu()
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 
-def model_logits(
-    model: DiffusionModel, ids: Tensor, visibility: Tensor, positions: Tensor | None = None
+def run_stages(
+    model: DiffusionModel,
+    ids: Tensor,
+    forward: Callable[[DiffusionModel], Tensor],
+    shape: tuple[int, ...],
 ) -> Tensor:
-    """Logits [b, s, v] float32 on every rank; collective over the model-parallel ranks.
+    """What `forward` returns on the last pipeline stage, float32 of `shape`, on every rank.
 
-    `ids` [b, s], `visibility` [b, 2, s] and `positions` [b, s] are the same on all of them.
+    `forward` runs one stage on `ids` [b, s], which like all it closes over is the same on the
+    model-parallel ranks; they call this together.
     """
     pp = model.groups.pp
     if pp.size() == 1:
-        return model(ids, visibility, None, positions)
+        return forward(model)
     found: list[Tensor] = []
 
-    def keep(logits: Tensor) -> tuple[Tensor, Tensor, dict]:
-        found.append(logits)
-        return logits.sum(), torch.ones((), dtype=torch.int, device=ids.device), {}
+    def keep(output: Tensor) -> tuple[Tensor, Tensor, dict]:
+        found.append(output)
+        return output.sum(), torch.ones((), dtype=torch.int, device=ids.device), {}
 
-    def step(iterator: Any, stage: torch.nn.Module) -> tuple[Tensor, Any]:
+    def step(iterator: Any, stage: DiffusionModel) -> tuple[Tensor, Any]:
         del iterator
-        return stage(ids, visibility, None, positions), keep
+        return forward(stage), keep
 
     get_forward_backward_func()(
         forward_step_func=step,
@@ -48,11 +53,21 @@ def model_logits(
         micro_batch_size=len(ids),
         forward_only=True,
     )
-    shape = (*ids.shape, model.schedule.vocab_size)
-    logits = found[0] if found else torch.empty(shape, device=ids.device)
+    output = found[0].contiguous() if found else torch.empty(shape, device=ids.device)
     last = torch.distributed.get_process_group_ranks(pp)[-1]
-    torch.distributed.broadcast(logits, src=last, group=pp)
-    return logits
+    torch.distributed.broadcast(output, src=last, group=pp)
+    return output
+
+
+def model_logits(
+    model: DiffusionModel, ids: Tensor, visibility: Tensor, positions: Tensor | None = None
+) -> Tensor:
+    """Logits [b, s, v] float32 on every rank; collective over the model-parallel ranks.
+
+    `ids` [b, s], `visibility` [b, 2, s] and `positions` [b, s] are the same on all of them.
+    """
+    shape = (*ids.shape, model.schedule.vocab_size)
+    return run_stages(model, ids, lambda stage: stage(ids, visibility, None, positions), shape)
 
 
 class TrainingDenoiser:

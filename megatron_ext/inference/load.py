@@ -16,7 +16,11 @@ from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.hf.generation_gidd import CachedDenoiser, Denoiser
 from megatron_ext.inference.denoiser import TrainingDenoiser
 from megatron_ext.model.diffusion_model import DiffusionModel
-from megatron_ext.parallel.groups import device_of_rank, initialize_parallel
+from megatron_ext.parallel.groups import (
+    device_of_rank,
+    initialize_distributed,
+    initialize_parallel,
+)
 from megatron_ext.training.build import build_schedule, resolve_vocabulary
 
 
@@ -38,20 +42,29 @@ def load_model(
     step: int | None = None,
     tokenizer: str | None = None,
     parallel: ParallelConfig = ParallelConfig(),  # noqa: B008
+    *,
+    replicas: bool = False,
 ) -> LoadedModel:
     """A run's `--save` folder, or a folder in the published Hugging Face format.
 
-    `step` and `parallel` are for runs. `tokenizer` replaces the one that the folder names. Raises
-    `ValueError` for anything else.
+    `step` and `parallel` are for runs. `tokenizer` replaces the one that the folder names. With
+    `replicas`, ranks beyond tp x pp hold copies of the model. Raises `ValueError` for anything
+    else.
     """
     if (Path(path) / "config.json").is_file():
         require(step is None, "ckpt_step", step, f"{path} is a Hugging Face folder.")
         require(
-            int(os.environ.get("WORLD_SIZE", "1")) == 1, "load", str(path),
+            parallel.model_parallel_size == 1, "tensor_model_parallel_size",
+            parallel.tensor_model_parallel_size, f"{path} is a Hugging Face folder; leave it out.",
+        )  # fmt: skip
+        if replicas:
+            initialize_distributed(parallel)
+        require(
+            replicas or int(os.environ.get("WORLD_SIZE", "1")) == 1, "load", str(path),
             "a Hugging Face model samples on one process; start it without torchrun.",
         )  # fmt: skip
         return _load_hugging_face(Path(path), tokenizer)
-    return _load_run(Path(path), step, tokenizer, parallel)
+    return _load_run(Path(path), step, tokenizer, parallel, replicas)
 
 
 def _load_hugging_face(path: Path, tokenizer: str | None) -> LoadedModel:
@@ -66,7 +79,7 @@ def _load_hugging_face(path: Path, tokenizer: str | None) -> LoadedModel:
 
 
 def _load_run(
-    root: Path, step: int | None, tokenizer: str | None, parallel: ParallelConfig
+    root: Path, step: int | None, tokenizer: str | None, parallel: ParallelConfig, replicas: bool
 ) -> LoadedModel:
     """Open the checkpoint `step` (latest when absent) of the run that was saved to `root`.
 
@@ -96,10 +109,10 @@ def _load_run(
     groups = initialize_parallel(config.parallel)
     world_size = torch.distributed.get_world_size()
     require(
-        world_size
-        == parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size == 1
+        and (replicas or world_size == parallel.model_parallel_size),
         "tensor_model_parallel_size", parallel.tensor_model_parallel_size,
-        f"tp x pp must be the number of ranks ({world_size}).",
+        f"tp x pp must be the number of ranks ({world_size}), and cp 1.",
     )  # fmt: skip
     require(
         parallel.num_virtual_stages_per_pipeline_rank == 1 and not parallel.sequence_parallel,

@@ -1,0 +1,306 @@
+"""Monte Carlo bounds on -log p of given tokens, whole or as completions of a prompt.
+
+A sequence is exposed to noise `num_draws` times, each time at one log-SNR for all of it, and the
+objective's `elbo` is summed over its scored positions; the mean over draws is the bound (arXiv
+2512.10858, section 3; docs/evaluation.md). Log-SNRs are stratified in time and all noise is that of
+`noise_for_validation`: a function of (seed, index, draw), whatever the batch size and the layout.
+
+A prompt is clean, sees itself alone and is not scored. What stands behind the last token is either
+nothing, or, as where the model samples, noise up to the end of its context, which is seen and not
+scored.
+
+Sequences are divided over the replicas of the model; the one collective between them is an
+all-reduce of [sequences, draws] float64 at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from megatron_ext.diffusion.noising import (
+    CLEAN_LOG_SNR,
+    NoisedSequence,
+    noise_for_validation,
+    validation_log_snr,
+)
+from megatron_ext.diffusion.schedule import MixingSchedule
+from megatron_ext.hf.generation_gidd import noise_from_uniform, uniforms
+from megatron_ext.inference.scorers import Scorer
+
+_PADDING = -1
+"""Document of the positions that fill up a batch; no token has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodConfig:
+    """How to estimate."""
+
+    num_draws: int = 16
+    """Noise levels per sequence, one draw of noise at each."""
+    seed: int = 1234
+    """Keys the noise; a run's own seed meets the noise of its validation."""
+    batch_size: int = 8
+    """Noised sequences per forward pass; does not change the figures."""
+    canvas: bool = False
+    """Fill the context behind the last token with noise, as the sampler does."""
+    effective_log_snr: bool = False
+    """Judge each draw by the log-SNR of the share of scored tokens that stayed clean. The
+    published benchmarks did; the result ranks completions and bounds nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_draws", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more.")
+
+
+@dataclass(frozen=True)
+class Item:
+    """Tokens to score."""
+
+    tokens: np.ndarray
+    """[s] ids, the prompt in front."""
+    index: int
+    """Keys the noise, in [0, 2^64); equal ones meet equal noise."""
+    num_prompt: int = 0
+    """Clean tokens in front."""
+    documents: np.ndarray | None = None
+    """[s] document of each token where attention stays within documents."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Bounds of n items."""
+
+    elbo: np.ndarray
+    """[n, draws] float64, nats of the scored tokens at each draw."""
+    log_snr: np.ndarray
+    """[n, draws] float64."""
+    num_tokens: np.ndarray
+    """[n] int64, scored tokens."""
+
+    @property
+    def nats(self) -> np.ndarray:
+        """[n] bound on -log p of each item."""
+        return self.elbo.mean(axis=1)
+
+    @property
+    def variance(self) -> np.ndarray:
+        """[n] of `nats` over the noise, NaN for one draw.
+
+        Draws are stratified in time, so neighbours in log-SNR differ by their noise and little
+        else: half their squared difference estimates the variance of one. The last and the first
+        count as neighbours, or the ends, where it is largest, would count half. On average this
+        is never too small; what it is too large by comes from the means of neighbours.
+        """
+        count = self.elbo.shape[1]
+        if count < 2:
+            return np.full(len(self.elbo), math.nan)
+        ordered = np.take_along_axis(self.elbo, np.argsort(self.log_snr, axis=1), axis=1)
+        return np.square(ordered - np.roll(ordered, 1, axis=1)).mean(axis=1) / 2 / count
+
+    @property
+    def standard_error(self) -> np.ndarray:
+        """[n] of `nats` over the noise, NaN for one draw."""
+        return np.sqrt(self.variance)
+
+    def by_log_snr(self, schedule: MixingSchedule, num_bins: int = 18) -> list[dict[str, float]]:
+        """Nats per token in equal bins of log-SNR; bins without a draw are left out."""
+        edges = np.linspace(schedule.min_log_snr, schedule.max_log_snr, num_bins + 1)
+        bins = np.clip(np.searchsorted(edges, self.log_snr, side="right") - 1, 0, num_bins - 1)
+        tokens = np.broadcast_to(self.num_tokens[:, None], bins.shape)
+        table = []
+        for i in range(num_bins):
+            there = bins == i
+            if not there.any():
+                continue
+            count = int(tokens[there].sum())
+            row = {"from": edges[i], "to": edges[i + 1], "elbo": self.elbo[there].sum() / count}
+            table.append({**{k: float(v) for k, v in row.items()}, "tokens": count})
+        return table
+
+
+class Estimate(NamedTuple):
+    """A ratio of sums over units that were sampled, such as nats per token over documents."""
+
+    mean: float
+    standard_error: float | None
+    """Over the units: how the mean would vary with other ones; None for a single one."""
+    low: float | None
+    """Ends of the 95 % confidence interval, by Student's distribution."""
+    high: float | None
+    noise_standard_error: float | None
+    """Over the noise alone: how the mean would vary with another seed; None for one draw."""
+    num_units: int
+
+    def scaled(self, factor: float) -> Estimate:
+        """In another unit."""
+        values = (None if x is None else x * factor for x in self[:5])
+        return Estimate(*values, self.num_units)  # type: ignore[arg-type]
+
+
+def estimate_ratio(values: np.ndarray, sizes: np.ndarray, variance: np.ndarray) -> Estimate:
+    """sum(values) / sum(sizes), each [n]; `variance` [n] of the values over the noise.
+
+    The standard error is the ratio estimator's, sqrt(n / (n - 1) sum (values - mean sizes)^2) over
+    sum(sizes); for equal sizes that of the mean.
+    """
+    count, total = len(values), float(np.sum(sizes))
+    mean = float(np.sum(values)) / total
+    noise = math.sqrt(float(np.sum(variance))) / total
+    noise_error = None if math.isnan(noise) else noise
+    if count < 2:
+        return Estimate(mean, None, None, None, noise_error, count)
+    residuals = np.asarray(values) - mean * np.asarray(sizes)
+    error = math.sqrt(count / (count - 1) * float(np.square(residuals).sum())) / total
+    half = student_quantile(count - 1) * error
+    return Estimate(mean, error, mean - half, mean + half, noise_error, count)
+
+
+def student_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's distribution (beyond a table, by Cornish and Fisher)."""
+    table = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+    if freedom <= len(table):
+        return table[freedom - 1]
+    z = 1.959964
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
+
+
+def index_of(tokens: Sequence[int] | np.ndarray) -> int:
+    """A noise index that is a function of tokens alone."""
+    contents = np.ascontiguousarray(tokens, dtype="<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(contents, digest_size=8).digest(), "little")
+
+
+def completion(prompt: Sequence[int], tokens: Sequence[int], context: int) -> Item:
+    """`tokens` given `prompt`, whose front is cut off where both do not fit the context.
+
+    The noise depends on the prompt alone, so that the completions of one meet the same: the
+    differences between them are less noisy than each.
+    """
+    if not 0 < len(tokens) <= context:
+        raise ValueError(f"a completion has {len(tokens)} tokens; the context holds 1 to {context}")
+    kept = list(prompt)[max(len(prompt) + len(tokens) - context, 0) :]
+    return Item(np.array([*kept, *tokens], dtype=np.int64), index_of(prompt), len(kept))
+
+
+@torch.no_grad()
+def score(scorer: Scorer, items: Sequence[Item], config: LikelihoodConfig) -> Scores:
+    """Bounds of all items, on every rank; all ranks call this with the same items."""
+    for item in items:
+        if not item.num_prompt < len(item.tokens) <= scorer.context:
+            raise ValueError(
+                f"a sequence has {len(item.tokens)} tokens, {item.num_prompt} of them its prompt: "
+                f"there must be one to score, and the context has {scorer.context} positions."
+            )
+    schedule, group = scorer.schedule, scorer.replicas
+    elbo = torch.zeros(len(items), config.num_draws, dtype=torch.float64, device=scorer.device)
+    rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+    # By length, or a batch would be mostly padding.
+    mine = sorted(range(rank, len(items), size), key=lambda i: len(items[i].tokens))
+    for batch in _batches(_rows(items, mine, scorer, config), config.batch_size):
+        _score_batch(scorer, batch, elbo)
+    if size > 1:
+        torch.distributed.all_reduce(elbo, group=group)
+    levels = [
+        [
+            validation_log_snr(
+                schedule, seed=config.seed, index=item.index, draw=draw, num_draws=config.num_draws
+            )
+            for draw in range(config.num_draws)
+        ]
+        for item in items
+    ]
+    return Scores(
+        elbo.cpu().numpy(),
+        np.array(levels).reshape(elbo.shape),
+        np.array([len(item.tokens) - item.num_prompt for item in items], dtype=np.int64),
+    )
+
+
+class _Row(NamedTuple):
+    item: int
+    draw: int
+    noised: NoisedSequence
+
+
+def _rows(
+    items: Sequence[Item], mine: Iterable[int], scorer: Scorer, config: LikelihoodConfig
+) -> Iterator[_Row]:
+    for number in mine:
+        for draw in range(config.num_draws):
+            yield _Row(number, draw, noise_item(items[number], draw, scorer, config))
+
+
+def noise_item(item: Item, draw: int, scorer: Scorer, config: LikelihoodConfig) -> NoisedSequence:
+    """Draw `draw` of an item; `noise_mask` are the scored positions."""
+    tokens, documents, end = item.tokens, item.documents, len(item.tokens)
+    if config.canvas and end < scorer.context:
+        # Another rest in every draw: one for all would correlate the draws.
+        u = uniforms(config.seed, item.index, draw, (scorer.context - end,))
+        rest = noise_from_uniform(scorer.schedule, scorer.schedule.min_log_snr, u).numpy()
+        tokens = np.concatenate([tokens, rest])
+        if documents is not None:
+            documents = np.pad(documents, (0, len(rest)), mode="edge")
+    row = noise_for_validation(
+        tokens, scorer.schedule, seed=config.seed, index=item.index, draw=draw,
+        num_draws=config.num_draws, documents=documents,
+    )  # fmt: skip
+    prompt = slice(0, item.num_prompt)
+    row.xt[prompt] = row.x0[prompt]
+    row.log_snr[prompt] = CLEAN_LOG_SNR
+    row.visibility[0, prompt] = 0
+    row.noise_mask[prompt] = False
+    row.noise_mask[end:] = False
+    if config.effective_log_snr:
+        scored = row.noise_mask
+        share = np.mean(row.xt[scored] == row.x0[scored], dtype=np.float64)
+        schedule = scorer.schedule
+        level = math.log(share / (1 - share)) if 0 < share < 1 else math.copysign(99, share - 0.5)
+        row.log_snr[scored] = min(max(level, schedule.min_log_snr), schedule.max_log_snr)
+    return row
+
+
+def _batches(rows: Iterator[_Row], size: int) -> Iterator[list[_Row]]:
+    batch: list[_Row] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _score_batch(scorer: Scorer, batch: list[_Row], elbo: torch.Tensor) -> None:
+    """Fill in `elbo` [n, draws] at the rows of the batch."""
+    length = max(len(row.noised.x0) for row in batch)
+
+    def stacked(values: list[np.ndarray], fill: Any) -> torch.Tensor:
+        wide = [np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])],
+                       constant_values=fill) for x in values]  # fmt: skip
+        return torch.from_numpy(np.stack(wide)).to(scorer.device)
+
+    noised = [row.noised for row in batch]
+    xt, x0 = (stacked([x[i] for x in noised], 0) for i in (1, 0))
+    log_snr = stacked([x.log_snr for x in noised], CLEAN_LOG_SNR)
+    is_scored = stacked([x.noise_mask for x in noised], False)
+    visibility = stacked([x.visibility for x in noised], _PADDING)
+    columns = torch.nonzero(is_scored.any(0)).flatten()
+    scored = slice(int(columns[0]), int(columns[-1]) + 1)
+    values = scorer.elbo(xt, x0, log_snr, visibility, scored)
+    sums = torch.where(is_scored[:, scored], values.double(), 0.0).sum(-1)
+    items = torch.tensor([row.item for row in batch], device=elbo.device)
+    draws = torch.tensor([row.draw for row in batch], device=elbo.device)
+    elbo[items, draws] = sums
