@@ -526,6 +526,17 @@ class CachedDenoiser:
         return self.model.logits(hidden[:, num_prefix : num_prefix + num_active])
 
 
+PUBLISHED_IDS = {"bos": 0, "eos": 1, "pad": 2, "mask": 3}
+"""Special tokens of the published tokenizer."""
+
+
+def special_id(config: Any, name: str, given: int | None = None) -> int:
+    """The id of a special token: as given, else the configuration's, else the published one."""
+    configured = getattr(config, f"{name}_token_id", None)
+    chosen = configured if given is None else given
+    return PUBLISHED_IDS[name] if chosen is None else chosen
+
+
 class GiddGenerationMixin:
     """`generate` with the published arguments."""
 
@@ -540,10 +551,10 @@ class GiddGenerationMixin:
         steps: int = 128,
         top_p: float | None = None,
         top_k: int | None = None,
-        bos_token_id: int = 0,
-        eos_token_id: int = 1,
-        pad_token_id: int = 2,
-        mask_token_id: int = 3,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        mask_token_id: int | None = None,
         sampling_method: str = "ancestral",
         noise_schedule: str | Callable[[float], float] = "cosine",
         tokens_per_step: int = 1,
@@ -560,9 +571,17 @@ class GiddGenerationMixin:
         """Continue `inputs` [b, p] by up to `max_length` new tokens.
 
         `attention_mask` [b, p] marks padding in front of shorter prompts. Without inputs a
-        sequence begins with BOS. Without a seed, one is drawn from torch's generator.
+        sequence begins with BOS. Without a seed, one is drawn from torch's generator. Special ids
+        that are not given are the configuration's, else the published 0, 1, 2 and 3.
         """
         model: Any = self
+        bos_token_id, eos_token_id, pad_token_id, mask_token_id = (
+            special_id(model.config, name, given)
+            for name, given in (
+                ("bos", bos_token_id), ("eos", eos_token_id), ("pad", pad_token_id),
+                ("mask", mask_token_id),
+            )
+        )  # fmt: skip
         if inputs is None:
             inputs = torch.tensor([[bos_token_id]], device=model.device)
         if attention_mask is None:
@@ -580,7 +599,7 @@ class GiddGenerationMixin:
         )  # type: ignore[arg-type]  # fmt: skip
         output = sample(
             CachedDenoiser(self, use_cache=use_cache),
-            self.mixing_schedule(mask_token_id),
+            model.mixing_schedule(mask_token_id),
             prompts,
             model.config.max_position_embeddings,
             config,
@@ -592,17 +611,6 @@ class GiddGenerationMixin:
         )
         in_front = inputs.shape[1] - max(map(len, prompts))
         return nn.functional.pad(output, (in_front, 0), value=pad_token_id)
-
-    def mixing_schedule(self, mask_token_id: int = 3) -> MixingSchedule:
-        """The noise the model was trained with."""
-        config: Any = self.config  # type: ignore[attr-defined]
-        return MixingSchedule(
-            config.vocab_size,
-            mask_token_id,
-            config.noise_type,
-            min_log_snr=config.min_log_snr,
-            max_log_snr=config.max_log_snr,
-        )
 
     def _sample_prior(self, batch_size: int, mask_token_id: int) -> Tensor | None:
         """Noise [b, context] to begin from; None draws it from the seed."""

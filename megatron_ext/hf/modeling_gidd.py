@@ -26,7 +26,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
 from .configuration_gidd import GiddConfig
-from .generation_gidd import GiddGenerationMixin
+from .generation_gidd import GiddGenerationMixin, special_id
+
+# transformers 4 copies only the files that this one imports itself.
+from .schedule_gidd import MixingSchedule
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 """Keys and values [b, a, t, d] of every layer, the learned ones included."""
@@ -350,6 +353,17 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
+
+    def mixing_schedule(self, mask_token_id: int | None = None) -> MixingSchedule:
+        """The noise the model was trained with."""
+        config = self.config
+        return MixingSchedule(
+            config.vocab_size,
+            special_id(config, "mask", mask_token_id),
+            config.noise_type,
+            min_log_snr=config.min_log_snr,
+            max_log_snr=config.max_log_snr,
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scaled logits [..., v] of normalised hidden states."""

@@ -170,3 +170,16 @@ def test_a_whole_context_can_be_generated_and_the_last_block_is_cut() -> None:
     output = model.generate(prompt, block_length=20, steps=2, eos_token_id=96, seed=0)
     assert output.shape == (1, model.config.max_position_embeddings)
     assert torch.equal(output[:, :3], prompt)
+
+
+def test_special_ids_are_the_configurations_where_they_are_not_given() -> None:
+    own = {"bos_token_id": 90, "eos_token_id": 91, "pad_token_id": 92, "mask_token_id": 93}
+    model = recorded_model("A", noise_type=-1000.0, **own)
+    options = {"max_length": 8, "steps": 4, "block_length": 4, "seed": 3}
+    configured = model.generate(**options)
+    assert torch.equal(configured, model.generate(**options, **own))
+    assert configured[0, 0] == 90
+    published = recorded_model("A", noise_type=-1000.0).generate(**options)
+    given = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "mask_token_id": 3}
+    assert torch.equal(published, model.generate(**options, **given))
+    assert not torch.equal(configured, published)

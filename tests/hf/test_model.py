@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_relative_imports
 
-from megatron_ext.hf import GiddConfig, GiddForDiffusionLM
+from megatron_ext.hf import GiddConfig, GiddForDiffusionLM, modeling_gidd
 from tests.hf.golden import arrays, recorded_model
 
 HF_CONFIGS = Path(__file__).resolve().parents[1] / "golden/hf_configs"
@@ -111,7 +113,9 @@ def test_a_saved_folder_loads_with_remote_code_and_returns_the_same_bits(tmp_pat
 
 def test_norm_gains_stay_in_float32_when_a_folder_is_loaded_in_bfloat16(tmp_path: Path) -> None:
     recorded_model("A").save_pretrained(tmp_path)
-    loaded = GiddForDiffusionLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    argument = "dtype" if version >= (4, 56) else "torch_dtype"
+    loaded = GiddForDiffusionLM.from_pretrained(tmp_path, **{argument: torch.bfloat16})
     for name, parameter in loaded.named_parameters():
         assert parameter.dtype == (torch.float32 if "norm" in name else torch.bfloat16), name
 
@@ -162,3 +166,10 @@ def test_an_unsupported_mode_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="labels"):
         model = GiddForDiffusionLM(GiddConfig(**small, weight_scaling=1.0))
         model(torch.zeros(1, 3, dtype=torch.int64), labels=torch.zeros(1, 3))
+
+
+def test_the_model_file_names_every_file_it_needs() -> None:
+    """transformers 4 copies the files that it imports, but not what those import."""
+    folder = Path(modeling_gidd.__file__).parent
+    needed = {path.stem for path in folder.glob("*_gidd.py")} - {"modeling_gidd"}
+    assert set(get_relative_imports(folder / "modeling_gidd.py")) == needed
