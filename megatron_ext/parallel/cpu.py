@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _CPU = torch.device("cpu")
 _enabled = False
@@ -102,6 +103,8 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def _patch_torch() -> None:
+    # `with torch.device(...)` remembers the factories it redirects when it is first used.
+    torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn"):
         _patch(torch, name, _on_cpu(getattr(torch, name)))
     for name in ("empty_like", "zeros_like", "ones_like"):
