@@ -11,8 +11,8 @@ from tests.distributed import run_ranks
 from tests.training.tiny import Run, run_cases, split, tiny_config
 
 STEPS = 12
-GAP = 0.0
-"""Relative, of every step's loss; bfloat16 rounds to 0.4 %. Seen: see the assertion message."""
+GAP = 0.005
+"""Relative, of every step's loss; bfloat16 rounds to 0.4 %."""
 PURE = {"bf16": True, "master_weights": False}
 CASES: dict[str, dict[str, Any]] = {
     "fp32": split(tp=2),
