@@ -19,7 +19,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,9 @@ from megatron_ext.diffusion.noising import (
 )
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.hf.generation_gidd import noise_from_uniform, uniforms
-from megatron_ext.inference.scorers import Scorer
+
+if TYPE_CHECKING:
+    from megatron_ext.inference.scorers import Scorer
 
 _PADDING = -1
 """Document of the positions that fill up a batch; no token has it."""
