@@ -1,9 +1,10 @@
-"""The published config.json as a `ModelConfig`.
+"""The published config.json as configuration sections, and a run's configuration as config.json.
 
 Fields that describe the model are translated; fields that would change its numbers in a way this
 model cannot follow are refused by name and value; all others (dtypes, class names, initial scales,
 sampling defaults) do not concern the architecture. A field that is absent has the default of the
-published configuration class, not of `ModelConfig`.
+published configuration class, not of `ModelConfig`. In the other direction, what the fields cannot
+say is refused by flag.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import (
+    SHIFT_OF_OBJECTIVE,
+    Config,
+    DiffusionConfig,
+    ModelConfig,
+    require,
+)
+from megatron_ext.hf.generation_gidd import PUBLISHED_IDS
 
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 131072,
@@ -31,6 +39,9 @@ _DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
     "weight_scaling": "fan_in",
+    "noise_type": 0.0,
+    "min_log_snr": -9.0,
+    "max_log_snr": 9.0,
 }
 
 _REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -59,6 +70,11 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
             raise ValueError(
                 f"config.json: {name} is {known[name]!r}: this model supports {choices} only."
             )
+    rotary = known.get("rope_parameters") or {}
+    if rotary.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"config.json: rope_parameters is {rotary!r}: this model has plain rotary embedding."
+        )
     heads = known["num_attention_heads"]
     shared = known.get("num_key_value_heads")
     if shared not in (None, heads):
@@ -88,3 +104,96 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.json does not describe a model: {error}") from error
+
+
+def diffusion_config(fields: Mapping[str, Any]) -> DiffusionConfig:
+    """The objective that the fields of a published config.json name: its noise and its levels."""
+    known = {**_DEFAULTS, **fields}
+    try:
+        shift = float(known["noise_type"])
+        objective_of_shift = {value: name for name, value in SHIFT_OF_OBJECTIVE.items()}
+        objective = objective_of_shift.get(shift, "hybrid")
+        return DiffusionConfig(
+            objective=objective,  # type: ignore[arg-type]
+            mixing_shift=shift if objective == "hybrid" else 0.0,
+            min_log_snr=float(known["min_log_snr"]),
+            max_log_snr=float(known["max_log_snr"]),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.json does not describe a noise: {error}") from error
+
+
+def _require_published(config: Config) -> None:
+    """Raise `ValueError` for the first flag that the published format has no field for."""
+    model, diffusion = config.model, config.diffusion
+    for section, name, supported in (
+        (model, "activation", "squared_relu"),
+        (model, "position_embedding_type", "rope"),
+        (model, "apply_layernorm_1p", True),
+        (diffusion, "causal_prompt_attn", False),
+        (diffusion, "mixing_scale", 1.0),
+    ):
+        value = getattr(section, name)
+        advice = f"the Hugging Face format has {supported!r} only."
+        require(value == supported, name, value, advice)
+    require(
+        diffusion.objective != "ar", "objective", "ar",
+        "the Hugging Face format is for diffusion models.",
+    )  # fmt: skip
+
+
+def published_fields(
+    config: Config, vocab_size: int, special: Mapping[str, int | None], dtype: str
+) -> dict[str, Any]:
+    """The config.json of a run: the published fields, and those special ids that differ.
+
+    `special` are the ids of bos, eos, pad and mask. Raises `ValueError` naming the flag for a
+    model or a noise that the format cannot describe.
+    """
+    _require_published(config)
+    model, diffusion = config.model, config.diffusion
+    own_ids = {
+        f"{name}_token_id": special[name]
+        for name in ("pad", "mask")
+        if special[name] not in (None, PUBLISHED_IDS[name])
+    }
+    residual = model.num_layers if model.residual_scale is None else model.residual_scale
+    return {
+        "architectures": ["GiddForDiffusionLM"],
+        "attention_bias": model.kv_bias_token,
+        "attn_performer": "eager",
+        "attn_soft_cap": model.attention_softcap,
+        "auto_map": {
+            "AutoConfig": "configuration_gidd.GiddConfig",
+            "AutoModel": "modeling_gidd.GiddModel",
+            "AutoModelForCausalLM": "modeling_gidd.GiddForDiffusionLM",
+        },
+        "bos_token_id": special["bos"],
+        "dtype": dtype,
+        "emb_init_scale": model.emb_init_std,
+        "eos_token_id": special["eos"],
+        "head_dim": model.head_width,
+        "head_init_scale": model.head_init_std,
+        "head_scaling": model.logit_scale,
+        "hidden_size": model.hidden_size,
+        "init_scale": model.matrix_init_std,
+        "intermediate_size": model.ffn_width,
+        "is_causal": False,
+        "max_log_snr": diffusion.max_log_snr,
+        "max_position_embeddings": model.seq_length,
+        "min_log_snr": diffusion.min_log_snr,
+        "mlp_bias": model.mlp_bias,
+        "model_type": "gidd",
+        "noise_type": diffusion.shift,
+        "num_attention_heads": model.num_attention_heads,
+        "num_hidden_layers": model.num_layers,
+        **own_ids,
+        "resid_scale": float(residual),
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_scaling": None,
+        "rope_theta": model.rotary_base,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "use_qk_norm": model.qk_norm == "full",
+        "vocab_size": vocab_size,
+        "weight_scaling": 1.0,
+    }

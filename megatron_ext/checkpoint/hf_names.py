@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megatron_ext.config import ModelConfig
+
 _GLOBAL = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
@@ -64,3 +66,47 @@ def to_published(name: str, whole: Tensor, num_heads: int) -> dict[str, Tensor]:
         return {keys[0]: whole}
     parts = whole.unflatten(0, (num_heads, -1)).chunk(3, dim=1)
     return {key: part.flatten(0, 1) for key, part in zip(keys, parts, strict=True)}
+
+
+def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Global names and whole shapes, without padding rows, in the order of the forward pass.
+
+    For a model that the published format can describe; tied embeddings have no output layer.
+    """
+    h, f, width = model.hidden_size, model.ffn_width, model.head_width * model.num_attention_heads
+    by_head = (model.num_attention_heads, model.head_width)
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (h,),
+        _FUSED: (3 * width, h),
+        "self_attention.linear_proj.weight": (h, width),
+        "pre_mlp_layernorm.weight": (h,),
+        "mlp.linear_fc1.weight": (f, h),
+        "mlp.linear_fc2.weight": (h, f),
+    }
+    if model.qk_norm == "full":
+        layer |= {f"self_attention.{x}_norm.weight": (width,) for x in "qk"}
+    if model.kv_bias_token:
+        layer |= {f"self_attention.core_attention.{x}_bias": by_head for x in "kv"}
+    if model.mlp_bias:
+        layer |= {"mlp.linear_fc1.bias": (f,), "mlp.linear_fc2.bias": (h,)}
+    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (vocab_size, h)}
+    for i in range(model.num_layers):
+        shapes |= {f"decoder.layers.{i}.{name}": shape for name, shape in layer.items()}
+    shapes["decoder.final_layernorm.weight"] = (h,)
+    if model.untie_embeddings_and_output_weights:
+        shapes["output_layer.weight"] = (vocab_size, h)
+    return shapes
+
+
+def published_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the published tensors of a model, in the same order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in parameter_shapes(model, vocab_size).items():
+        parts = to_published(name, torch.empty(shape, device="meta"), model.num_attention_heads)
+        shapes |= {key: tuple(part.shape) for key, part in parts.items()}
+    return shapes
+
+
+def is_norm_gain(name: str) -> bool:
+    """Whether a parameter or published tensor is a norm's gain, which is float32 always."""
+    return name.endswith("norm.weight")
