@@ -117,7 +117,7 @@ class DiffusionSelfAttention(SelfAttention):
         rotary_pos_emb: Tensor | None = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`rotary_pos_emb` [s/cp, 1 or b, d/2] are this rank's angles. Returns (output, no bias)."""
+        """Return (output, no bias); `rotary_pos_emb` [s/cp, 1 or b, d/2] are this rank's angles."""
         del unused
         query, key, value = self.project(hidden_states)
         if rotary_pos_emb is not None:

@@ -14,8 +14,16 @@ enable_cpu()
 from megatron.core.activations import squared_relu  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+
+def _squared_relu(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x).square()
+
+
+# megatron-core's is built by torch.compile at its first call. That saves a pass over memory on a
+# GPU; on a CPU it needs a C++ compiler, and machine code that another process left in the shared
+# cache for other vector instructions gives wrong numbers without an error.
 _ACTIVATIONS = {
-    "squared_relu": squared_relu,
+    "squared_relu": squared_relu if torch.cuda.is_available() else _squared_relu,
     "gelu": torch.nn.functional.gelu,
     "swiglu": torch.nn.functional.silu,
 }
