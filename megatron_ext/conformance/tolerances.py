@@ -59,6 +59,13 @@ rms."""
 STEP_LOSS = Tolerance(relative=2e-5)
 STEP_PART = Tolerance(absolute=2e-5, relative=2e-5)
 """Divergences per token of a step: as the loss, and not below what a single token may err."""
+STEP_PROBABILITY = Tolerance(absolute=1e-5)
+"""Probabilities of a sampling step."""
+STEP_GAIN = Tolerance(relative=1e-4, absolute=1e-9)
+GENERATION_GAIN = Tolerance(relative=1e-3, absolute=1e-7)
+"""Scores of an adaptive step, from recorded and from computed logits."""
+GRID = Tolerance(absolute=1e-4)
+"""Noise levels of sampling steps."""
 STEP_GRADIENT = Tolerance(of_rms=5e-4)
 FINAL_WEIGHT = Tolerance(absolute=2e-4)
 

@@ -56,6 +56,9 @@ def save_step(root: str, step: int, kill_before: int | None, counts: Any) -> Non
     from megatron_ext.training.loop import Trainer
     from tests.training.tiny import tiny_config
 
+    # megatron-core's writer keeps a process of its own, which outlives a parent that is killed:
+    # whoever started this one ends the whole group.
+    os.setpgid(0, 0)
     torch.set_num_threads(1)
     trainer = Trainer.build(tiny_config(model={"num_layers": 1}, training={"seed": step}))
     batch = trainer.config.training.global_batch_size

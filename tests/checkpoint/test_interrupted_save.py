@@ -7,7 +7,9 @@ checksums are verified), and the next save must work and tidy up.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import shutil
 import signal
 from multiprocessing.context import ForkServerContext
@@ -39,6 +41,9 @@ def save(
     process = processes.Process(target=save_step, args=(str(root), step, kill_before, counts))
     process.start()
     process.join(120)
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     if process.exitcode == -signal.SIGKILL:
         return None
     assert process.exitcode == 0
