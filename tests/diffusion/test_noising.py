@@ -346,19 +346,57 @@ def test_empty_tokens_leave_levels_and_corruption_as_they_are() -> None:
 
 
 def test_the_laws_of_the_levels_leave_prompts_and_corruption_alone() -> None:
-    """Only sequences whose law changes get other levels, and a kept token stays kept."""
+    """Only sequences whose law changes get other levels, and each token keeps its own threshold.
+
+    Under masking a token is kept where its uniform number is below alpha: kept at one level, it
+    is kept at every higher one.
+    """
     noise = replace(BASE, p_prompt=0.5, p_independent=0.4, p_linear=0.0)
     more = replace(noise, p_independent=0.6)
-    num_same = 0
-    for a, b in zip(_sequences(100, 64, noise), _sequences(100, 64, more), strict=True):
+    num_same, num_higher = 0, 0
+    masked = _schedule(-1000.0)
+    for a, b in zip(
+        _sequences(100, 64, noise, masked), _sequences(100, 64, more, masked), strict=True
+    ):
         assert np.array_equal(a.noise_mask, b.noise_mask)
         if np.array_equal(a.log_snr, b.log_snr):
             assert np.array_equal(a.xt, b.xt)
             num_same += 1
-        kept_at_lower = (a.log_snr <= b.log_snr) & (a.xt == a.x0) & (a.xt != b.xt)
-        # A token kept at the lower signal is kept at the higher, or was redrawn as itself.
-        assert np.count_nonzero(kept_at_lower) <= 20
-    assert 60 < num_same < 95
+        kept_a, kept_b = a.xt == a.x0, b.xt == b.x0
+        assert kept_b[kept_a & (b.log_snr >= a.log_snr)].all()
+        assert kept_a[kept_b & (a.log_snr >= b.log_snr)].all()
+        num_higher += np.count_nonzero(kept_a & (b.log_snr > a.log_snr))
+    assert 60 < num_same < 95 and num_higher > 50
+
+
+def test_repeated_draws_draw_everything_again() -> None:
+    """Empty tokens, prompt, infilling and levels, in every one of ten draws of one index."""
+    tokens = np.resize([0, 1, 4, 5, 6], 400)
+    always = replace(BASE, p_prompt=1.0, p_infill=1.0, max_prompt_fraction=0.5, p_linear=0.0)
+    always = replace(always, p_independent=0.0, max_empty_fraction=0.3)
+    draws = [
+        noise_sequence(
+            tokens, _schedule(), always, seed=0, index=3, draw=draw, empty_token_id=PAD_ID
+        )
+        for draw in range(10)
+    ]
+    for what in (
+        [x.x0.tobytes() for x in draws],
+        [x.visibility.tobytes() for x in draws],
+        [(x.noise_mask & (x.visibility[0] == 1)).tobytes() for x in draws],
+        [x.log_snr.min() for x in draws],
+    ):
+        assert len(set(what)) == 10
+
+
+def test_prompts_and_infilling_are_chosen_independently() -> None:
+    noise = replace(BASE, p_prompt=0.5, p_infill=0.5, max_prompt_fraction=0.5)
+    counts = np.zeros(4, dtype=int)
+    for result in _sequences(3000, 300, noise):
+        level = result.visibility[0] == 1
+        has_prompt, has_infill = not level.all(), (level & ~result.noise_mask).any()
+        counts[2 * has_prompt + has_infill] += 1
+    assert_shares(counts, np.full(4, 0.25))
 
 
 def test_including_the_mask_changes_ids_of_uniform_noise_only() -> None:
