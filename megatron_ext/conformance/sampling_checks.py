@@ -133,7 +133,15 @@ def check_generation(name: str, session: Session) -> None:
     if session.config.precision.bf16:
         session.report.skip(f"{name} g*", "recorded in float32")
         return
+    if INDEX not in session.golden:
+        session.report.skip(f"{name} g*", f"no {INDEX}")
+        return
     for entry in session.golden.json(INDEX):
+        files = [f"model_{entry['model']}{end}" for end in (".safetensors", "_config.json")]
+        absent = [file for file in files if file not in session.golden]
+        if absent:
+            session.report.skip(f"{name} {entry['key']}", f"no {' and no '.join(absent)}")
+            continue
         for kind, build in (("training model", _training), ("Hugging Face", _hugging_face)):
             row = f"{name} {entry['key']} {kind}"
             try:
