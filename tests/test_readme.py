@@ -57,7 +57,7 @@ def test_every_command_of_the_readme_runs(copy: Path) -> None:
         timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    for expected in ("bits/byte", "--- sample 1 of step 8 ---", "--hidden-size"):
+    for expected in ("bits/byte", "--- sample 1 of runs/quickstart at step 8 ---", "--hidden-size"):
         assert expected in done.stdout
     assert (copy / "runs/quickstart/iter_0000008/manifest.json").is_file()
     assert (copy / "data/mine/text.bin").is_file()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Text -> tokenizer -> tokens -> pretraining at tp 2 -> annealing at dp 2 -> bound and samples.
+# Text -> tokenizer -> tokens -> pretraining at tp 2 -> annealing at dp 2 -> bound, samples, export.
 # Every step keeps what an earlier run left, so a second run goes straight to the samples.
 # STEPS: optimizer steps in all, the last quarter at dp 2.
 set -euo pipefail
@@ -36,5 +36,14 @@ say "5. Annealing from that checkpoint: two ranks, data parallel"
 torchrun --standalone --nproc-per-node 2 pretrain_diffusion.py --config "$recipe" \
   --train-iters "$steps" --lr-wsd-decay-iters "$((steps - stable))"
 
-say "6. Samples"
-python tools/generate.py --load runs/quickstart --num-samples 2 --prompt "The people of the United States"
+say "6. Samples, and a page that shows how they came about"
+python tools/generate.py --load runs/quickstart --num-samples 2 --steps 64 --max-length 120 \
+  --prompt "The people of the United States" --trace runs/quickstart/trace.json
+python tools/visualize_denoising.py runs/quickstart/trace.json --output runs/quickstart/denoising.html
+
+say "7. Export to Hugging Face, loaded back with transformers alone"
+if [ ! -f runs/quickstart/hf/config.json ] || [ runs/quickstart/latest -nt runs/quickstart/hf/config.json ]; then
+  rm -rf runs/quickstart/hf
+  python tools/convert_checkpoint.py export --load runs/quickstart --hf runs/quickstart/hf
+fi
+python examples/quickstart/use_exported.py runs/quickstart/hf

@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.diffusion.schedule import MixingSchedule
-from megatron_ext.hf.generation_gidd import Step
+if TYPE_CHECKING:
+    from megatron_ext.data.tokenizer import Tokenizer
+    from megatron_ext.diffusion.schedule import MixingSchedule
+    from megatron_ext.hf.generation_gidd import Step
 
 FORMAT = "gidd-trace 1"
 
