@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_ext.checkpoint.hf_config import model_config
 from megatron_ext.checkpoint.hf_weights import load_published_weights
@@ -41,6 +41,19 @@ def sentences(count: int, seed: int = 0, longest: int = 60) -> list[str]:
         " ".join(numbers.choice(WORDS, size=numbers.integers(5, longest), p=shares / shares.sum()))
         for _ in range(count)
     ]
+
+
+def character_folder(folder: Path) -> Path:
+    """The recorded model with a tokenizer of printable characters."""
+    printable = [chr(i) for i in range(32, 127) if chr(i) not in "`^~{"] + ["\n"]
+    vocabulary = {text: i for i, text in enumerate([*SPECIAL, "<unk>", *printable])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(SPECIAL)
+    recorded_model("A", noise_type=SHIFT).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
 
 
 def hugging_face_folder(folder: Path) -> Path:

@@ -87,19 +87,26 @@ def figures(report: dict[str, Any]) -> list[float]:
     return [float(report)] if isinstance(report, int | float) else []
 
 
-def test_every_form_and_layout_gives_the_same_report(folder: Path, single_rank: None) -> None:
+def reports_of_ranks(
+    rank: int, folder: str, judge: Path, layouts: list[dict[str, int]]
+) -> list[dict[str, Any]]:
+    reports = [reports_of_rank(rank, folder, layout) for layout in layouts]
+    return [*reports, judged(judge, "good")]
+
+
+def test_every_form_and_layout_gives_the_same_report(
+    folder: Path, judge: Path, single_rank: None
+) -> None:
     expected = reports_of_rank(0, str(folder), {})
     assert len(figures(expected)) > 60
+    quality = figures(judged(judge, "good"))
     layouts: list[dict[str, int]] = [
         {}, {"tensor_model_parallel_size": 1}, {"tensor_model_parallel_size": 2},
     ]  # fmt: skip
-    for found in run_ranks(2, reports_of_ranks, str(folder), layouts):
-        for report in found:
+    for *reports, of_samples in run_ranks(2, reports_of_ranks, str(folder), judge, layouts):
+        assert figures(of_samples) == pytest.approx(quality)
+        for report in reports:
             np.testing.assert_allclose(figures(report), figures(expected), rtol=2e-4, atol=1e-5)
-
-
-def reports_of_ranks(rank: int, folder: str, layouts: list[dict[str, int]]) -> list[Any]:
-    return [reports_of_rank(rank, folder, layout) for layout in layouts]
 
 
 def test_units_of_the_bound_follow_from_each_other(folder: Path, single_rank: None) -> None:
@@ -159,7 +166,7 @@ def test_choices_are_bounds_and_their_maximum(folder: Path, single_rank: None) -
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A causal model that has learned how frequent the words are."""
+    """A causal model that has learned how frequent the words are, and texts to show it."""
     path = tmp_path_factory.mktemp("judge")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=word_tokenizer(), bos_token=SPECIAL[0], eos_token=SPECIAL[1],
@@ -178,31 +185,22 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.zero_grad()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    write_lines(path / "reference.jsonl", sentences(40, seed=10, longest=40))
+    write_lines(path / "good.jsonl", sentences(30, seed=11, longest=40))
+    write_lines(path / "repeated.jsonl", ["w0 " * 20] * 30)
     return path
 
 
-def judged(judge: Path, samples: Path, reference: Path) -> dict[str, Any]:
+def judged(judge: Path, samples: str) -> dict[str, Any]:
     config = EvaluateConfig(
-        generative_perplexity=True, judge=str(judge), samples=(str(samples),),
-        reference=(str(reference),),
+        generative_perplexity=True, judge=str(judge), samples=(str(judge / f"{samples}.jsonl"),),
+        reference=(str(judge / "reference.jsonl"),),
     )  # fmt: skip
     return evaluate(config, SETTINGS)[0]
 
 
-def judged_of_rank(rank: int, *paths: Path) -> dict[str, Any]:
-    del rank
-    return judged(*paths)
-
-
-def test_repetition_pleases_the_judge_and_is_exposed(
-    judge: Path, tmp_path: Path, single_rank: None
-) -> None:
-    reference, good, repeated = (tmp_path / name for name in ("reference", "good", "repeated"))
-    paths = [path.with_suffix(".jsonl") for path in (reference, good, repeated)]
-    write_lines(paths[0], sentences(40, seed=10, longest=40))
-    write_lines(paths[1], sentences(30, seed=11, longest=40))
-    write_lines(paths[2], ["w0 " * 20] * 30)
-    real, fake = (judged(judge, path, paths[0]) for path in paths[1:])
+def test_repetition_pleases_the_judge_and_is_exposed(judge: Path, single_rank: None) -> None:
+    real, fake = (judged(judge, name) for name in ("good", "repeated"))
     perplexity = {x["samples"]["perplexity"]["mean"] for x in (real, fake)}
     assert fake["samples"]["perplexity"]["mean"] < real["reference"]["perplexity"]["mean"] / 3
     assert min(perplexity) == fake["samples"]["perplexity"]["mean"], "and so it would win"
@@ -211,8 +209,6 @@ def test_repetition_pleases_the_judge_and_is_exposed(
     assert entropy["low"] < real["samples"]["token_entropy"]["mean"] < entropy["high"] * 1.1
     assert fake["distance"]["p_value"] < 0.01 < 0.05 < real["distance"]["p_value"]
     assert fake["distance"]["squared_mmd"] > 10 * abs(real["distance"]["squared_mmd"])
-    for found in run_ranks(2, judged_of_rank, judge, paths[1], paths[0]):
-        assert figures(found) == pytest.approx(figures(real))
 
 
 def test_the_distance_is_unbiased_and_its_test_has_its_level() -> None:
@@ -251,9 +247,13 @@ def test_the_command_prints_and_writes_and_refuses(folder: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert f"{report['nats_per_token']['mean']:.4f}" in done.stdout
-    refused = command("--load", folder / "hf")
-    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
-    assert "--data-path" in refused.stderr
+    for wrong, advice in (
+        (EvaluateConfig(load="nowhere"), "--data-path"),
+        (EvaluateConfig(input=("a.jsonl",)), "--load"),
+        (EvaluateConfig(generative_perplexity=True, samples=("a.jsonl",)), "--judge"),
+    ):
+        with pytest.raises(ValueError, match=advice):
+            evaluate(wrong, SETTINGS)
 
 
 @pytest.mark.parametrize(
