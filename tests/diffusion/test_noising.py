@@ -445,12 +445,13 @@ def test_validation_noise_is_fixed_and_everywhere() -> None:
     def draw(index: int, number: int) -> NoisedSequence:
         return noise_for_validation(tokens, schedule, seed=0, index=index, draw=number, num_draws=4)
 
-    results = [draw(index, number) for index in range(5) for number in range(4)]
-    again = [draw(index, number) for index in range(5) for number in range(4)]
+    keys = [(index, number) for index in range(5) for number in range(4)]
+    results, again = ([draw(*key) for key in keys] for _ in range(2))
     assert [_bytes(x) for x in results] == [_bytes(x) for x in again]
     assert len({x.xt.tobytes() for x in results}) == 20
-    for result in results:
-        assert result.noise_mask.all() and (result.log_snr == result.log_snr[0]).all()
+    for (index, number), result in zip(keys, results, strict=True):
+        level = validation_log_snr(schedule, seed=0, index=index, draw=number, num_draws=4)
+        assert result.noise_mask.all() and (result.log_snr == np.float32(level)).all()
         assert (result.visibility[0] == 1).all() and np.array_equal(result.x0, tokens)
         # At shift 0 the share of uniform noise is alpha itself, and it leaves out the mask.
         alpha = 1 / (1 + math.exp(-result.log_snr[0]))
