@@ -32,7 +32,6 @@ from megatron_ext.checkpoint.hf_config import (
 from megatron_ext.checkpoint.hf_names import is_norm_gain, published_shapes
 from megatron_ext.checkpoint.import_hf import import_folder
 from megatron_ext.checkpoint.manifest import complete_steps
-from megatron_ext.checkpoint.training import CheckpointWriter, Position
 from megatron_ext.cli import load_config
 from megatron_ext.config import Config
 from megatron_ext.data.batches import BatchSource, RankPosition
@@ -41,9 +40,9 @@ from megatron_ext.diffusion.visibility import attention_mask_from_visibility
 from megatron_ext.hf import GiddConfig, GiddForDiffusionLM
 from megatron_ext.inference.verify import verify_conversion
 from megatron_ext.kernels.gidd_loss import gidd_loss
-from megatron_ext.training.loop import Trainer
+from tests.checkpoint.continued import LAYOUTS, continue_at_layouts
 from tests.distributed import run_ranks
-from tests.training.tiny import NUM_VALIDATION, split, validation_bound
+from tests.training.tiny import NUM_VALIDATION
 
 ROOT = Path(__file__).resolve().parents[2]
 HF_CONFIGS = ROOT / "tests" / "golden" / "hf_configs"
@@ -144,42 +143,6 @@ def test_an_exported_folder_loads_without_this_project(published: Path, exported
     assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
     tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
     assert tokenizer.mask_token_id == 3 and tokenizer.convert_tokens_to_ids("w7") == 11
-
-
-def continued(run: Path, parallel: dict[str, Any], *, bf16: bool, step: int) -> Any:
-    """Start from the run's weights at this layout; the bound, and a checkpoint of `step`."""
-    config = load_config(run / "config.yaml").with_sections(
-        **split(**parallel),
-        precision={"bf16": bf16},
-        data={"mock_data": True, "num_workers": 0},
-        training={"micro_batch_size": 2, "global_batch_size": 8, "seed": 5},
-        checkpoint={"load": str(run), "finetune": True},
-    )
-    trainer = Trainer.build(config)
-    trainer.load()
-    bound = validation_bound(trainer)[0]
-    root = run.parent / "saved"
-    writer = CheckpointWriter(root)
-    writer.save(trainer.model, trainer.optimizer, Position(step, 8 * step, 256 * step))
-    trainer.train_step(trainer.source.step(0))
-    return bound, config
-
-
-LAYOUTS: dict[int, tuple[dict[str, Any], bool]] = {
-    1: ({"tp": 2, "pp": 2}, False),
-    2: ({"pp": 2, "virtual": 2}, False),
-    3: ({"tp": 2, "sequence_parallel": True}, True),
-    4: ({"tp": 2, "pp": 2}, True),
-}
-"""Layouts of four ranks and whether in bfloat16, by the step their checkpoint is saved as."""
-
-
-def continue_at_layouts(rank: int, run: Path) -> dict[int, Any]:
-    del rank
-    return {
-        step: continued(run, parallel, bf16=bf16, step=step)
-        for step, (parallel, bf16) in LAYOUTS.items()
-    }
 
 
 @pytest.fixture(scope="module")
