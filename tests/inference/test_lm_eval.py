@@ -61,14 +61,22 @@ TASKS = {
 SETTINGS = {"num_draws": 3, "steps": 6, "block_length": 8, "seed": 9}
 
 
+PROBLEMS = Path(__file__).with_name("gsm_symbolic.jsonl")
+"""Problems in the manner of GSM8K: `reasoning_gym.create_dataset("gsm_symbolic", size=8, seed=0)` of
+reasoning-gym 0.1.25 (Apache-2.0)."""
+
+
 def word_problems() -> list[dict[str, str]]:
-    """Eight generated problems in the manner of GSM8K, or made-up ones where that is missing."""
-    if find_spec("reasoning_gym") is None:
-        return [{"question": f"{i} plus {i}?", "answer": str(2 * i)} for i in range(8)]
+    return [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning_gym is not installed")
+def test_the_recorded_problems_are_those_of_the_generator() -> None:
     import reasoning_gym
 
     data = reasoning_gym.create_dataset("gsm_symbolic", size=8, seed=0)
-    return [{"question": entry["question"], "answer": entry["answer"]} for entry in data]
+    made = [{name: entry[name] for name in ("question", "answer")} for entry in data]
+    assert made == word_problems()
 
 
 @pytest.fixture(scope="module")
