@@ -21,8 +21,7 @@ def import_(
 ) -> int:
     """Hugging Face folder -> training run at step 0, for any layout.
 
-    Continue from it with: pretrain_diffusion.py --config SAVE/config.yaml --load SAVE --finetune
-    --save OTHER --data-path ... (weights only; the optimizer starts anew).
+    Continue it: pretrain_diffusion.py --config SAVE/config.yaml --load SAVE --finetune --save OTHER
 
     Args:
         hf: Folder with config.json, *.safetensors and the tokenizer's files.
@@ -38,13 +37,10 @@ def import_(
 
 
 def export(
-    load: Path,
-    hf: Path,
-    ckpt_step: int | None = None,
+    load: Path, hf: Path, ckpt_step: int | None = None,
     dtype: Literal["as-trained", "bfloat16", "float32"] = "as-trained",
-    max_shard_size: str = "5GB",
-    tokenizer_model: str | None = None,
-) -> int:
+    max_shard_size: str = "5GB", tokenizer_model: str | None = None,
+) -> int:  # fmt: skip
     """Training checkpoint -> Hugging Face folder with weights, code, tokenizer and model card.
 
     Loads with AutoModelForCausalLM.from_pretrained(HF, trust_remote_code=True).
@@ -59,26 +55,19 @@ def export(
     """
     from megatron_ext.checkpoint.export_hf import export_run
 
-    done = export_run(
-        load, hf, step=ckpt_step, dtype=dtype, max_shard_size=max_shard_size,
-        tokenizer_model=tokenizer_model,
-    )  # fmt: skip
+    options = {"max_shard_size": max_shard_size, "tokenizer_model": tokenizer_model}
+    done = export_run(load, hf, step=ckpt_step, dtype=dtype, **options)
     print(f"{done.folder}: {done.num_parameters:,} parameters in {done.dtype}")
     return 0
 
 
 def verify(
-    load: Path,
-    hf: Path,
-    ckpt_step: int | None = None,
-    seq_length: int = 256,
-    new_tokens: int = 16,
-    seed: int = 0,
-) -> int:
+    load: Path, hf: Path, ckpt_step: int | None = None, seq_length: int = 256,
+    new_tokens: int = 16, seed: int = 0,
+) -> int:  # fmt: skip
     """Run both models on the same noised tokens in float32; exit code 1 where they disagree.
 
-    Compares logits, per-token losses and bounds, and greedy adaptive generation. One process; it
-    needs memory for one model in float32 at a time.
+    Compares logits, per-token losses and bounds, and greedy generation, one model after the other.
 
     Args:
         load: A run's --save folder.
@@ -90,17 +79,17 @@ def verify(
     """
     from megatron_ext.inference.verify import report, verify_conversion
 
-    checks = verify_conversion(
-        load, hf, step=ckpt_step, seq_length=seq_length, new_tokens=new_tokens, seed=seed
-    )
+    options = {"seq_length": seq_length, "new_tokens": new_tokens, "seed": seed}
+    checks = verify_conversion(load, hf, step=ckpt_step, **options)
     print(report(checks))
-    return 0 if all(check.agrees for check in checks) else 1
+    return int(not all(check.agrees for check in checks))
 
 
 def main() -> int:
-    commands = {"import": import_, "export": export, "verify": verify}
     try:
-        return tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+        return tyro.extras.subcommand_cli_from_dict(
+            {"import": import_, "export": export, "verify": verify}, description=__doc__
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
