@@ -62,7 +62,7 @@ SETTINGS = {"num_draws": 3, "steps": 6, "block_length": 8, "seed": 9}
 
 
 PROBLEMS = Path(__file__).with_name("gsm_symbolic.jsonl")
-"""Problems in the manner of GSM8K: `reasoning_gym.create_dataset("gsm_symbolic", size=8, seed=0)` of
+"""Problems in the manner of GSM8K: `create_dataset("gsm_symbolic", size=8, seed=0)` of
 reasoning-gym 0.1.25 (Apache-2.0)."""
 
 
