@@ -17,7 +17,7 @@ def main() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}; install lm_eval, or megatron-diffusion[evaluation].")
+        sys.exit(f"error: {error}; install lm_eval, or megatron-diffusion[lm_eval].")
 
     import megatron_ext.inference.lm_eval_model  # noqa: F401
     from megatron_ext.parallel.groups import shutdown_parallel
