@@ -49,9 +49,9 @@ def test_samples_follow_the_exact_reverse_process(shift: float, block_length: in
     config = SamplingConfig(steps=5, block_length=block_length, max_length=2, seed=1)
     expected = exact_distribution(TableDenoiser().table, schedule, 5, block_length)
     assert expected.sum() == pytest.approx(1)
-    observed = draw_pairs(schedule, 20_000, config)
+    observed = draw_pairs(schedule, 6_000, config)
     assert p_value(observed, expected) > 1e-3
-    flatter = exact_distribution(TableDenoiser().table * 0.9, schedule, 5, block_length)
+    flatter = exact_distribution(TableDenoiser().table * 0.8, schedule, 5, block_length)
     assert p_value(observed, flatter) < 1e-3, "the test must tell temperatures apart"
 
 
@@ -122,7 +122,7 @@ def test_a_filled_hole_follows_the_conditional_distribution() -> None:
     schedule = MixingSchedule(VOCABULARY, MASK, -1000.0)
     table = TableDenoiser().table
     config = SamplingConfig(steps=3, max_length=2, seed=5)
-    ids = sample(TableDenoiser(), schedule, [[HOLE, 2]] * 6000, LENGTH, config)
+    ids = sample(TableDenoiser(), schedule, [[HOLE, 2]] * 3000, LENGTH, config)
     logits = table[0, MASK, 2].double()
     logits[MASK] = -torch.inf
     expected = torch.softmax(logits, -1)[:3].numpy() * len(ids)
