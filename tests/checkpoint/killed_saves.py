@@ -37,9 +37,12 @@ class ChangeCounter:
             return
         if not _is_change(event, arguments):
             return
-        # Files inside a folder that is being deleted are named relative to it and not counted: the
-        # folder no longer is a checkpoint, and its own deletion is counted.
-        if isinstance(arguments[0], (str, os.PathLike)) and str(arguments[0]).startswith(self.root):
+        path = arguments[0]
+        # Deletions inside a folder that is being removed name files relative to it.
+        is_inside = isinstance(path, (str, os.PathLike)) and (
+            str(path).startswith(self.root) or not os.path.isabs(path)
+        )
+        if is_inside:
             self.count += 1
             if self.count == self.kill_before:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_ext.config import Config
+from megatron_ext.training.loop import Trainer
 from tests.checkpoint.segments import (
     Segment,
     train_segment,
@@ -89,25 +90,23 @@ def test_resume_at_the_same_layout_is_exact_on_one_rank(name: str, tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def chain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("chain")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a folder of checkpoints for every case, and one for the chain."""
+    return tmp_path_factory.mktemp("saved")
 
 
 @pytest.fixture(scope="module")
-def two_ranks(
-    tmp_path_factory: pytest.TempPathFactory, chain_folder: Path
-) -> list[dict[str, Segment]]:
+def two_ranks(saved: Path) -> list[dict[str, Segment]]:
     """Every case of `TWO_RANKS`, and the chain, which begins with a step on one rank."""
     from megatron_ext.parallel.groups import shutdown_parallel
 
-    train_segment(with_folders(chain_config(), save=chain_folder), 1)
+    train_segment(with_folders(chain_config(), save=saved / "chain"), 1)
     shutdown_parallel()
     pieces: dict[str, Any] = {}
     for name, sections in TWO_RANKS.items():
-        folder = tmp_path_factory.mktemp(name)
-        pieces |= whole_and_halves(name, tiny_config(**sections), folder, HALF)
+        pieces |= whole_and_halves(name, tiny_config(**sections), saved / name, HALF)
     for step, (name, sections) in enumerate(CHAIN, start=1):
-        config = with_folders(chain_config(**sections), load=chain_folder, save=chain_folder)
+        config = with_folders(chain_config(**sections), load=saved / "chain", save=saved / "chain")
         pieces[f"chain/{name}"] = (config, step + 1)
     return run_ranks(2, train_segments, pieces)
 
@@ -120,13 +119,26 @@ def test_resume_at_the_same_layout_is_exact_on_two_ranks(
         assert_same_run(*(rank[f"{name}/{part}"] for part in ("whole", "first", "second")))
 
 
+@pytest.mark.usefixtures("two_ranks", "single_rank")
+def test_overlapped_gathering_saves_the_weights_of_all_ranks(saved: Path) -> None:
+    """Resuming would not notice: the optimizer's share of each rank is restored anyway."""
+
+    def weights(name: str) -> list[torch.Tensor]:
+        trainer = Trainer.build(with_folders(tiny_config(), load=saved / name, finetune=True))
+        trainer.load()
+        return [parameter.detach() for parameter in trainer.model[0].parameters()]
+
+    for overlapped, plain in zip(weights("dp2_overlap"), weights("dp2_async"), strict=True):
+        torch.testing.assert_close(overlapped, plain, rtol=0, atol=1e-6)
+
+
 @pytest.mark.usefixtures("single_rank")
 def test_resume_at_another_layout_continues_the_run(
-    two_ranks: list[dict[str, Segment]], chain_folder: Path
+    two_ranks: list[dict[str, Segment]], saved: Path
 ) -> None:
     steps = CHAIN_STEPS
     whole = train_segment(chain_config(), steps)
-    last = train_segment(with_folders(chain_config(), load=chain_folder), steps)
+    last = train_segment(with_folders(chain_config(), load=saved / "chain"), steps)
     assert last.first == steps - 1
     for rank in two_ranks:
         pieces = [rank[f"chain/{name}"] for name, _ in CHAIN] + [last]
