@@ -35,6 +35,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy2(ROOT / name, folder / name)
     shutil.copytree(ROOT / "tests/golden", folder / "tests/golden")
     (folder / ".venv").symlink_to(sys.prefix)
+    # make would install again into an environment that is older than the requirements.
+    os.utime(folder / "requirements.txt", (0, 0))
     return folder
 
 
