@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -67,17 +68,21 @@ def test_a_save_killed_at_any_point_leaves_a_checkpoint_to_go_on_from(
     initialize_distributed(ParallelConfig())
     changes = save(processes, shutil.copytree(two_saved, tmp_path / "count"), step)
     assert changes is not None and changes > 8
+    roots = {
+        kill_before: shutil.copytree(two_saved, tmp_path / str(kill_before))
+        for kill_before in range(1, changes + 1)
+    }
+    with ThreadPoolExecutor(2) as pool:
+        ends = pool.map(lambda item: save(processes, item[1], step, item[0]), roots.items())
+        assert set(ends) == {None}
     seen = set()
-    for kill_before in range(1, changes + 1):
-        root = shutil.copytree(two_saved, tmp_path / str(kill_before))
-        assert save(processes, root, step, kill_before) is None
+    for root in roots.values():
         folder = find_checkpoint(root)
         verify_checkpoint(folder)
         seen.add(manifest.latest_step(root))
         assert folder.name.split(".")[0] == f"iter_{manifest.latest_step(root):07d}"
         for known in manifest.complete_steps(root):
             verify_checkpoint(manifest.checkpoint_folder(root, known))
-        shutil.rmtree(root)
     assert seen == {2, step}
 
 
