@@ -21,7 +21,7 @@ from megatron_ext.parallel.groups import (
     initialize_distributed,
     initialize_parallel,
 )
-from megatron_ext.training.build import build_schedule, resolve_vocabulary
+from megatron_ext.training.build import build_schedule, open_tokenizer, resolve_vocabulary
 
 
 @dataclass(frozen=True)
@@ -91,20 +91,22 @@ def _load_run(
     if not path.is_file():
         raise ValueError(f"--load is {str(root)!r}: there is no config.yaml of a run in it.")
     saved = load_config(path)
-    tokenizer = tokenizer or saved.data.tokenizer_model
-    require(tokenizer is not None, "tokenizer_model", tokenizer, "the run has none; give one.")
+    path_of_tokenizer = tokenizer or saved.data.tokenizer_model
     config = Config(
         model=saved.model,
         diffusion=saved.diffusion,
         precision=saved.precision,
         noise=saved.noise,
-        data=saved.with_sections(data={"tokenizer_model": tokenizer}).data,
+        data=saved.with_sections(data={"tokenizer_model": path_of_tokenizer}).data,
         parallel=parallel,
     )
     require(
         config.diffusion.objective != "ar", "load", str(root),
         "it is an autoregressive run; this samples diffusion models.",
     )  # fmt: skip
+    opened = open_tokenizer(config.data)
+    if opened is None:
+        raise ValueError("--tokenizer-model is None: the run has none; give one.")
     folder = find_checkpoint(root, step)
     groups = initialize_parallel(config.parallel)
     world_size = torch.distributed.get_world_size()
@@ -119,7 +121,7 @@ def _load_run(
         "num_virtual_stages_per_pipeline_rank", parallel.num_virtual_stages_per_pipeline_rank,
         "here a pipeline rank holds one chunk, and there is no sequence parallelism.",
     )  # fmt: skip
-    vocabulary = resolve_vocabulary(config)
+    vocabulary = resolve_vocabulary(config, opened)
     schedule = build_schedule(config, vocabulary)
     model = DiffusionModel(
         config,
@@ -134,7 +136,7 @@ def _load_run(
     return LoadedModel(
         TrainingDenoiser(model),
         schedule,
-        load_tokenizer(str(tokenizer)),
+        opened,
         config.model.seq_length,
         f"{root} at step {position.step}",
         device_of_rank(),

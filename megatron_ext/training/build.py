@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from megatron_ext.config import Config, require
+from megatron_ext.config import Config, DataConfig, require
 from megatron_ext.data.dataset import Datasets, build_datasets
 from megatron_ext.data.mock import MockDataset
-from megatron_ext.data.tokenizer import load_tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.model.diffusion_model import DiffusionModel
 from megatron_ext.model.init import initialize_weights
@@ -35,18 +35,21 @@ class Vocabulary:
     fingerprint: str | None
 
 
-def resolve_vocabulary(config: Config) -> Vocabulary:
-    """Vocabulary size and special ids from flags, else from the tokenizer.
+def open_tokenizer(data: DataConfig) -> Tokenizer | None:
+    """The run's tokenizer with the special ids that flags replace, if it has one."""
+    if data.tokenizer_model is None:
+        return None
+    return load_tokenizer(
+        data.tokenizer_model, mask_token_id=data.mask_token_id, pad_token_id=data.pad_token_id
+    )
+
+
+def resolve_vocabulary(config: Config, tokenizer: Tokenizer | None) -> Vocabulary:
+    """Vocabulary size and special ids from flags, else from `open_tokenizer`'s tokenizer.
 
     Raises `ValueError` where neither says, or where they contradict each other.
     """
-    data, tokenizer = config.data, None
-    if data.tokenizer_model is not None:
-        tokenizer = load_tokenizer(
-            data.tokenizer_model,
-            mask_token_id=data.mask_token_id,
-            pad_token_id=data.pad_token_id,
-        )
+    data = config.data
     size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     require(size is not None, "vocab_size", size, "give it, or --tokenizer-model to take it from.")
     assert size is not None

@@ -33,6 +33,7 @@ from megatron_ext.training.build import (
     build_data,
     build_model,
     build_schedule,
+    open_tokenizer,
     resolve_vocabulary,
 )
 from megatron_ext.training.evaluation import evaluate
@@ -73,7 +74,7 @@ class Trainer:
         """Everything up to the first step; wrong input is refused here."""
         groups = initialize_parallel(config.parallel, config.training.seed)
         config.num_microbatches(torch.distributed.get_world_size())
-        vocabulary = resolve_vocabulary(config)
+        vocabulary = resolve_vocabulary(config, open_tokenizer(config.data))
         schedule = build_schedule(config, vocabulary)
         data = build_data(config, vocabulary)
         rank = RankPosition(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())

@@ -15,7 +15,7 @@ from megatron_ext.config import Config
 from megatron_ext.data.train_bpe import save_tokenizer
 from megatron_ext.model.diffusion_model import DiffusionModel
 from megatron_ext.parallel.groups import initialize_parallel, shutdown_parallel
-from megatron_ext.training.build import build_schedule, resolve_vocabulary
+from megatron_ext.training.build import build_schedule, open_tokenizer, resolve_vocabulary
 from tests.hf.golden import recorded_model
 
 SHIFT = 0.0
@@ -76,7 +76,7 @@ def training_run(folder: Path) -> Path:
     save_tokenizer(word_tokenizer(), folder / "tokenizer")
     config = run_config(folder)
     groups = initialize_parallel(config.parallel)
-    vocabulary = resolve_vocabulary(config)
+    vocabulary = resolve_vocabulary(config, open_tokenizer(config.data))
     model = DiffusionModel(
         config, vocabulary.size, build_schedule(config, vocabulary), groups
     ).eval()
