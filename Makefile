@@ -37,9 +37,9 @@ lint: $(INSTALLED)  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(INSTALLED)  ## Measure the loss (time, peak memory) and the speed of generation
+bench: $(INSTALLED)  ## Run all benches; writes their tables into docs/performance.md
 	$(BIN)/python -m megatron_ext.kernels.gidd_loss.bench
-	$(BIN)/python -m megatron_ext.inference.bench
+	$(BIN)/python -m megatron_ext.measure run
 
 clean:  ## Remove the environment and everything the quickstart made
 	rm -rf $(VENV) data/quickstart runs/quickstart

@@ -11,18 +11,28 @@ change nothing reuse their logits in all three. Times are medians over repetitio
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ext.hf import GiddConfig, GiddForDiffusionLM
 from megatron_ext.hf.generation_gidd import log_snr_grid
+from megatron_ext.measure import Column, Report, Table, alternate, bench_parser
+
+COLUMNS = [
+    Column("noise", "noise"),
+    Column("way", "way"),
+    Column("median_s", "seconds", ".3g"),
+    Column("lower_quartile_s", "lower quartile", ".3g"),
+    Column("upper_quartile_s", "upper quartile", ".3g"),
+    Column("tokens_per_s", "tokens/s", ".1f"),
+    Column("times_published", "times published", ".2f"),
+]
+QUICK = {
+    "vocab_size": 512, "hidden_size": 64, "layers": 1, "context": 128, "new_tokens": 32,
+    "block_length": 16, "steps": 2, "repetitions": 1,
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -55,8 +65,8 @@ def generate_as_published(
     return canvas[:, : prompt.shape[1] + max_length]
 
 
-def measure(arguments: argparse.Namespace, shift: float) -> dict[str, float]:
-    """Median seconds per way at a mixing shift."""
+def measure(arguments: argparse.Namespace, noise: str, shift: float) -> list[dict[str, Any]]:
+    """A row per way at a mixing shift."""
     torch.manual_seed(0)
     config = GiddConfig(
         vocab_size=arguments.vocab_size, hidden_size=arguments.hidden_size,
@@ -76,23 +86,26 @@ def measure(arguments: argparse.Namespace, shift: float) -> dict[str, float]:
             mode=mode, seed=0,
         )  # fmt: skip
 
-    ways: dict[str, Callable[[], Tensor]] = {
+    ways = {
         "published": lambda: generate_as_published(model, prompt, length, block, steps),
         "canvas": lambda: ours("canvas"),
         "window": lambda: ours("window"),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repetition in range(arguments.repetitions + 1):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            if repetition:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    times = alternate(ways, arguments.repetitions)
+    return [
+        {
+            "noise": noise,
+            "way": way,
+            **timing.summary(),
+            "tokens_per_s": length / timing.median,
+            "times_published": times["published"].relative_to(timing),
+        }
+        for way, timing in times.items()
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = bench_parser(__doc__)
     parser.add_argument("--vocab-size", type=int, default=131072)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -101,30 +114,17 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a tiny case, to see that it runs")
-    parser.add_argument("--json", help="write the figures to this file too")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.vocab_size, arguments.hidden_size, arguments.layers = 512, 64, 1
-        arguments.context, arguments.new_tokens, arguments.block_length = 128, 32, 16
-        arguments.steps, arguments.repetitions = 2, 1
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; context "
-        f"{arguments.context}, blocks of {arguments.block_length}, {arguments.steps} steps, "
-        f"vocabulary {arguments.vocab_size}, width {arguments.hidden_size}, "
-        f"{arguments.layers} layers, {arguments.new_tokens} new tokens"
+        vars(arguments).update(QUICK)
+    kinds = (("masked", -1000.0), ("balanced", 0.0), ("uniform", 1000.0))
+    rows = [row for noise, shift in kinds for row in measure(arguments, noise, shift)]
+    title = (
+        f"Generation: {arguments.new_tokens} tokens in blocks of {arguments.block_length}, "
+        f"{arguments.steps} steps; context {arguments.context}, vocabulary "
+        f"{arguments.vocab_size}, width {arguments.hidden_size}, {arguments.layers} layers"
     )
-    print(f"{'noise':<9}{'way':<11}{'seconds':>9}{'tokens/s':>10}{'ratio':>7}")
-    figures = {}
-    for noise, shift in (("masked", -1000.0), ("balanced", 0.0), ("uniform", 1000.0)):
-        figures[noise] = seconds = measure(arguments, shift)
-        for way, value in seconds.items():
-            ratio, speed = seconds["published"] / value, arguments.new_tokens / value
-            print(f"{noise:<9}{way:<11}{value:>9.2f}{speed:>10.1f}{ratio:>7.2f}")
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"arguments": vars(arguments), "seconds": figures}, file, indent=1)
+    Report("generation", vars(arguments), [Table(title, COLUMNS, rows)]).finish(arguments.json)
 
 
 if __name__ == "__main__":
