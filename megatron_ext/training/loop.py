@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from megatron_ext.checkpoint.training import (
     CheckpointWriter,
@@ -110,18 +111,20 @@ class Trainer:
 
     def train_step(self, batches: list[MicroBatch]) -> StepResult:
         """Forward, backward and update for the step that follows `position`."""
-        for chunk in self.model:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with record_function("zero gradients"):
+            for chunk in self.model:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
         reports = run_micro_batches(
             self.model, batches, self.config, self.groups, self.device, forward_only=False
         )
         sums = reduced_sums(reports, self.groups, self.device)
         schedule = schedule_of(self.config.optimizer, self.config.training.train_iters)
         apply_schedule(self.optimizer, schedule, self.position.step)
-        result = optimizer_step(
-            self.optimizer, self.config.optimizer.clip_grad, is_finite=is_finite(sums)
-        )
+        with record_function("optimizer step"):
+            result = optimizer_step(
+                self.optimizer, self.config.optimizer.clip_grad, is_finite=is_finite(sums)
+            )
         batch = self.config.training.global_batch_size
         self.position = Position(
             self.position.step + 1,

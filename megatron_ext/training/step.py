@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_ext.config import Config
 from megatron_ext.data.batches import MicroBatch
@@ -143,7 +144,8 @@ def gradient_finalizer(normalization: str) -> Any:
     """megatron-core's gradient reduction, divided by the token count (`token`) or not (`sum`)."""
 
     def finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        finalize_model_grads(model, num_tokens if normalization == "token" else None, **kwargs)
+        with record_function("reduce gradients"):
+            finalize_model_grads(model, num_tokens if normalization == "token" else None, **kwargs)
 
     return finalize
 
