@@ -1,7 +1,7 @@
 """Denoising from pure noise to text, block by block (arXiv 2512.10858, sampling).
 
     canvas     [b, n] int64  prompts in front, noise behind; rows of shorter prompts begin later
-    positions  [b, n] int64  a row counts from its own first token
+    positions  [b, n] int64  a row counts from its own first token, and has `context` of them
     logits     [b, k, v]     of the k active positions, from the denoiser
 
 Blocks of `block_length` positions are denoised from left to right. While one is active, everything
@@ -10,7 +10,8 @@ the active block and the noise behind it attend to everything. In mode `canvas` 
 reaches to the end of the model's context, as in the published sampler; in mode `window` it ends
 `look_ahead` positions after the block, which costs less and gives other numbers.
 
-All randomness is a function of (seed, row, block, step), so a row does not depend on its batch.
+All randomness is a function of (seed, number of the row, block, step): a row does not depend on its
+batch.
 This file needs torch and numpy alone and serves every model that implements `Denoiser`.
 """
 
@@ -76,7 +77,7 @@ class SamplingConfig:
     look_ahead: int = 0
     """Positions behind the active block in mode `window`."""
     seed: int = 0
-    """Keys all draws."""
+    """Keys all draws, together with the number of the sequence."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "block_length", "steps", "tokens_per_step", "top_k", "top_p"):
@@ -259,7 +260,8 @@ def adaptive_step(
     weight = torch.where(total > 0, noise / total.clamp_min(1e-300), 0.0)
     gain = confidence_gain(logits, ids, weight.float())
     order = gain if is_fixed is None else gain.masked_fill(is_fixed, -torch.inf)
-    chosen = order.topk(min(config.tokens_per_step, ids.shape[1]), dim=-1).indices
+    # A stable sort and no topk: equal gains are frequent (0 for the likeliest token).
+    chosen = order.sort(dim=-1, descending=True, stable=True).indices[:, : config.tokens_per_step]
     rows = torch.arange(len(ids), device=ids.device).unsqueeze(-1)
     at_chosen = logits[rows, chosen].flatten(0, 1)
     if config.temperature == 0:
@@ -278,7 +280,7 @@ class Canvas:
 
     ids: Tensor
     is_fixed: Tensor
-    """[b, n] tokens that stay: prompts, and what stands behind their holes."""
+    """[b, n] what stays: prompts, what stands behind their holes, columns outside of a row."""
     pads: Tensor
     """[b] columns before a row's first token."""
     prompt_end: int
@@ -293,35 +295,42 @@ class Canvas:
         schedule: MixingSchedule,
         context: int,
         seed: int,
+        rows: Sequence[int],
         prior: Tensor | None,
         device: torch.device,
     ) -> Canvas:
         """Prompts in front of noise; `prior` [b, context] replaces the noise that is drawn."""
-        rows = [torch.as_tensor(prompt, dtype=torch.int64).reshape(-1) for prompt in prompts]
-        lengths = [_clean_length(row) for row in rows]
+        given = [torch.as_tensor(prompt, dtype=torch.int64).reshape(-1) for prompt in prompts]
+        lengths = [_clean_length(prompt) for prompt in given]
+        for length, prompt in zip(lengths, given, strict=True):
+            if length >= context or len(prompt) > context:
+                raise ValueError(
+                    f"a prompt has {len(prompt)} tokens, the context {context}: there is no room "
+                    "for new ones."
+                )
         end = max(lengths)
-        longest = max(end - length + len(row) for length, row in zip(lengths, rows, strict=True))
-        if end >= context or longest > context:
-            raise ValueError(
-                f"a prompt has {longest} tokens, the context {context}: there is no room for new "
-                "ones."
-            )
         pads = torch.tensor([end - length for length in lengths])
-        ids = torch.zeros(len(rows), int(pads.max()) + context, dtype=torch.int64)
-        is_fixed = torch.zeros_like(ids, dtype=torch.bool)
-        for number, row in enumerate(rows):
+        ids = torch.zeros(len(given), int(pads.max()) + context, dtype=torch.int64)
+        is_fixed = torch.ones_like(ids, dtype=torch.bool)
+        for index, prompt in enumerate(given):
             if prior is None:
-                u = uniforms(seed, number, 0, (context,))
+                u = uniforms(seed, rows[index], 0, (context,))
                 noise = noise_from_uniform(schedule, schedule.min_log_snr, u)
             else:
-                noise = prior[number]
-            first = int(pads[number])
-            ids[number, first : first + context] = noise
-            fixed = row != HOLE
-            part = slice(first, first + len(row))
-            ids[number, part] = torch.where(fixed, row, ids[number, part])
-            is_fixed[number, part] = fixed
+                noise = prior[index]
+            first = int(pads[index])
+            ids[index, first : first + context] = noise
+            is_fixed[index, first : first + context] = False
+            is_given = prompt != HOLE
+            part = slice(first, first + len(prompt))
+            ids[index, part] = torch.where(is_given, prompt, ids[index, part])
+            is_fixed[index, part] = is_given
         return cls(ids.to(device), is_fixed.to(device), pads.to(device), end, context)
+
+    @property
+    def ends(self) -> Tensor:
+        """[b] the column behind a row's last position."""
+        return self.pads + self.context
 
     def positions(self, first: int, last: int) -> Tensor:
         columns = torch.arange(first, last, device=self.ids.device)
@@ -332,8 +341,7 @@ class Canvas:
         if not bool(self.pads.any()):
             return None
         columns = torch.arange(last, device=self.ids.device)
-        pads = self.pads.unsqueeze(-1)
-        return (columns >= pads) & (columns < pads + self.context)
+        return (columns >= self.pads.unsqueeze(-1)) & (columns < self.ends.unsqueeze(-1))
 
 
 def _clean_length(prompt: Tensor) -> int:
@@ -360,6 +368,7 @@ def sample(
     config: SamplingConfig,
     special: SpecialTokens = SpecialTokens(),  # noqa: B008
     *,
+    rows: Sequence[int] | None = None,
     prior: Tensor | None = None,
     device: torch.device | None = None,
     observer: Callable[[Step], None] | None = None,
@@ -367,21 +376,28 @@ def sample(
 ) -> Tensor:
     """Continue each prompt (possibly empty); int64 [b, longest prompt + new tokens].
 
+    `rows` are numbers in [0, 2^64) under which the sequences draw, 0 to b - 1 when absent: under
+    one seed and number a prompt becomes the same text at every place of every batch.
+
     A prompt may hold `HOLE`s: what stands before the first is the clean prefix, tokens behind it
     are fixed while everything around them is denoised, and new tokens count from the first hole.
 
     Rows of shorter prompts begin with padding (0 where there is no padding token), and padding
-    replaces everything from a row's first end of document among its new tokens on. Generation
-    stops early where every row has one. Raises `ValueError` for a prompt that fills the context.
+    replaces everything from a row's first end of document among its new tokens on, and what a
+    longer row has beyond the row's own context. Generation stops early where every row has ended.
+    Raises `ValueError` for a prompt that fills the context.
     """
     check_supported(schedule, config)
+    rows = range(len(prompts)) if rows is None else rows
+    if len(rows) != len(prompts):
+        raise ValueError(f"rows has {len(rows)} numbers for {len(prompts)} prompts.")
     canvas = Canvas.of(
-        prompts, schedule, context, config.seed, prior, device or torch.device("cpu")
+        prompts, schedule, context, config.seed, rows, prior, device or torch.device("cpu")
     )
-    end = min(canvas.prompt_end + config.max_length, context)
+    end = min(canvas.prompt_end + config.max_length, canvas.ids.shape[1])
     starts = range(canvas.prompt_end, end, config.block_length)
     plan = [(block, step) for block in range(len(starts)) for step in _steps(config)]
-    run = _BlockRun(denoiser, schedule, canvas, config, special, observer)
+    run = _BlockRun(denoiser, schedule, canvas, config, special, rows, observer)
     finished = len(starts)
     for block, step in progress(plan):
         if block >= finished:
@@ -390,7 +406,7 @@ def sample(
             run.begin(block, starts[block])
         run.advance(step)
         is_last = step == _steps(config)[-1]
-        if is_last and bool(_has_eos(canvas, run.last, special).all()):
+        if is_last and bool(_has_ended(canvas, run.last, special).all()):
             finished = block + 1
     return _padded(canvas, end, special)
 
@@ -410,10 +426,11 @@ class _BlockRun:
         canvas: Canvas,
         config: SamplingConfig,
         special: SpecialTokens,
+        rows: Sequence[int],
         observer: Callable[[Step], None] | None,
     ) -> None:
         self.denoiser, self.schedule, self.canvas = denoiser, schedule, canvas
-        self.config, self.special, self.observer = config, special, observer
+        self.config, self.special, self.rows, self.observer = config, special, rows, observer
         self.levels = log_snr_grid(schedule, config.steps, config.grid)
         self.block = self.first = self.last = 0
         self.cached_logits: Tensor | None = None
@@ -421,7 +438,7 @@ class _BlockRun:
     def begin(self, block: int, first: int) -> None:
         canvas = self.canvas
         self.block, self.first = block, first
-        self.last = min(first + self.config.block_length, canvas.context)
+        self.last = min(first + self.config.block_length, canvas.ids.shape[1])
         self.cached_logits = None
         self.denoiser.begin_block(
             canvas.ids[:, :first], canvas.positions(0, first), canvas.is_token(first)
@@ -454,7 +471,7 @@ class _BlockRun:
         number = self.block * (config.steps + config.correction_steps + 1)
         number += step if step > 0 else config.steps - step
         uniform = torch.stack(
-            [uniforms(config.seed, row, number + 1, (ids.shape[1], 3)) for row in range(len(ids))]
+            [uniforms(config.seed, row, number + 1, (ids.shape[1], 3)) for row in self.rows]
         )
         now, after = self.levels[max(step, 0)], self.levels[max(step - 1, 0)]
         gain = None
@@ -475,18 +492,21 @@ class _BlockRun:
             )
 
 
-def _has_eos(canvas: Canvas, last: int, special: SpecialTokens) -> Tensor:
-    """[b] whether a row's new tokens up to column `last` hold an end of document."""
-    if special.eos is None:
-        return torch.zeros(len(canvas.ids), dtype=torch.bool)
-    return (canvas.ids[:, canvas.prompt_end : last] == special.eos).any(-1)
+def _has_ended(canvas: Canvas, last: int, special: SpecialTokens) -> Tensor:
+    """[b] whether the context or, by an end of document, the text of a row ends before `last`."""
+    has_ended = canvas.ends <= last
+    if special.eos is not None:
+        is_eos = canvas.ids[:, canvas.prompt_end : last] == special.eos
+        has_ended = has_ended | is_eos.any(-1)
+    return has_ended
 
 
 def _padded(canvas: Canvas, end: int, special: SpecialTokens) -> Tensor:
     pad = 0 if special.pad is None else special.pad
     ids = canvas.ids[:, :end].clone()
     columns = torch.arange(end, device=ids.device)
-    ids[columns < canvas.pads.unsqueeze(-1)] = pad
+    is_outside = (columns < canvas.pads.unsqueeze(-1)) | (columns >= canvas.ends.unsqueeze(-1))
+    ids[is_outside] = pad
     if special.eos is not None:
         is_eos = (ids == special.eos) & (columns >= canvas.prompt_end)
         ids[is_eos.cumsum(-1) > 0] = pad
@@ -562,6 +582,7 @@ class GiddGenerationMixin:
         *,
         attention_mask: Tensor | None = None,
         seed: int | None = None,
+        rows: Sequence[int] | None = None,
         mode: Literal["canvas", "window"] = "canvas",
         look_ahead: int = 0,
         correction_steps: int = 0,
@@ -571,8 +592,9 @@ class GiddGenerationMixin:
         """Continue `inputs` [b, p] by up to `max_length` new tokens.
 
         `attention_mask` [b, p] marks padding in front of shorter prompts. Without inputs a
-        sequence begins with BOS. Without a seed, one is drawn from torch's generator. Special ids
-        that are not given are the configuration's, else the published 0, 1, 2 and 3.
+        sequence begins with BOS. Without a seed, one is drawn from torch's generator; `rows` are
+        the numbers under which the sequences draw, 0 to b - 1 when absent. Special ids that are
+        not given are the configuration's, else the published 0, 1, 2 and 3.
         """
         model: Any = self
         bos_token_id, eos_token_id, pad_token_id, mask_token_id = (
@@ -604,6 +626,7 @@ class GiddGenerationMixin:
             model.config.max_position_embeddings,
             config,
             SpecialTokens(eos_token_id, pad_token_id),
+            rows=rows,
             prior=self._sample_prior(len(prompts), mask_token_id),
             device=model.device,
             observer=observer,

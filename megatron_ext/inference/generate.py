@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,14 +63,15 @@ def generate(
 ) -> Iterator[Sample]:
     """Samples in the order of the prompts; every rank yields the same.
 
-    Batch k draws under seed + k, so two equal prompts get different samples.
+    Prompt k draws under (seed, k): two equal prompts get different samples, and the batch size
+    changes none.
     """
     special = SpecialTokens(model.tokenizer.eos_id, model.tokenizer.pad_id)
-    for number, first in enumerate(range(0, len(prompts), batch_size)):
+    for first in range(0, len(prompts), batch_size):
         texts = prompts[first : first + batch_size]
         encoded = [encode_prompt(text, model.tokenizer) for text in texts]
         prefixes = [ids[: ids.index(HOLE)] if HOLE in ids else ids for ids in encoded]
-        record = Trace(prefixes) if trace is not None and number == 0 else None
+        record = Trace(prefixes, model.context) if trace is not None and first == 0 else None
 
         def progress(steps: Iterable[Any]) -> Iterable[Any]:
             return tqdm(
@@ -79,8 +79,8 @@ def generate(
             )
 
         ids = sample(
-            model.denoiser, model.schedule, encoded, model.context,
-            replace(config, seed=config.seed + number), special, device=model.device,
+            model.denoiser, model.schedule, encoded, model.context, config, special,
+            rows=range(first, first + len(encoded)), device=model.device,
             observer=record.observe if record else None, progress=progress,
         ).tolist()  # fmt: skip
         if record is not None and is_first_rank():

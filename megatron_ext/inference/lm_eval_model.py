@@ -5,16 +5,18 @@ imports this module and hands over to lm_eval's own command line. `--model_args`
 fields of `LikelihoodConfig`, `SamplingConfig` and `HarnessConfig`; all of them are in the results.
 
 Log-likelihoods are Monte Carlo bounds (`inference.likelihood`): they depend on the texts, the seed
-and the number of draws, not on the order of requests, the batch size or the ranks. Samples depend
-on the order and the batch size, since a row of a batch draws by its place. All ranks see all
-requests and divide them over the replicas of the model; lm_eval takes the results of the first.
+and the number of draws. A sample depends on its prompt, the seed, and how often the prompt came
+before. Neither depends on the order of different requests, the batch size or the ranks. All ranks
+see all requests and divide them over the replicas of the model; lm_eval takes the results of the
+first.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +58,17 @@ class HarnessConfig:
     check_greedy: bool = False
     """Tell whether a completion is what adaptive sampling at temperature 0 makes of its prompt, one
     token a step; it costs a generation each. Without, no completion counts as greedy."""
+
+
+class Sampled(NamedTuple):
+    """A prompt to continue."""
+
+    config: SamplingConfig
+    number: int
+    """Of the request."""
+    text: str
+    occurrence: int
+    """How often the prompt came before."""
 
 
 @register_model("gidd")
@@ -149,20 +162,22 @@ class GiddLM(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Samples up to the first stop string, their end of document, or `max_gen_toks`."""
         del disable_tqdm
-        groups: dict[SamplingConfig, list[int]] = {}
+        groups: dict[SamplingConfig, list[Sampled]] = {}
+        occurrences: Counter[tuple[SamplingConfig, str]] = Counter()
         stops = []
         for number, request in enumerate(requests):
+            text = request.args[0]
             config, until = self._sampling_of(request.args[1])
-            groups.setdefault(config, []).append(number)
+            wanted = Sampled(config, number, text, occurrences[config, text])
+            groups.setdefault(config, []).append(wanted)
+            occurrences[config, text] += 1
             stops.append(until)
         size = self.likelihood.batch_size
         batches = [
-            [(config, number, requests[number].args[0]) for number in numbers[i : i + size]]
-            for config, numbers in groups.items()
-            for i in range(0, len(numbers), size)
+            group[i : i + size] for group in groups.values() for i in range(0, len(group), size)
         ]
         texts = self._divided(batches, self._generate)
-        order = [number for batch in batches for _, number, _ in batch]
+        order = [wanted.number for batch in batches for wanted in batch]
         answers = [""] * len(requests)
         for number, text in zip(order, texts, strict=True):
             answers[number] = postprocess_generated_text(text, stops[number], None)
@@ -184,14 +199,16 @@ class GiddLM(LM):
         changes["max_length"] = min(given["max_gen_toks"], self.scorer.context - 1)
         return replace(self.sampling, **changes), given["until"]
 
-    def _generate(self, batch: list[tuple[SamplingConfig, int, str]]) -> list[str]:
-        """Texts of a batch; it draws under the number of its first request."""
-        config, first, _ = batch[0]
-        tokenizer = self.model.tokenizer
+    def _generate(self, batch: list[Sampled]) -> list[str]:
+        """Texts of a batch, which has one configuration."""
+        config, tokenizer = batch[0].config, self.model.tokenizer
         room = self.scorer.context - config.max_length
-        encoded = [self._with_bos(tokenizer.encode(text)) for *_, text in batch]
+        encoded = [self._with_bos(tokenizer.encode(wanted.text)) for wanted in batch]
+        rows = [
+            index_of([wanted.occurrence, *ids]) for wanted, ids in zip(batch, encoded, strict=True)
+        ]
         prompts = [ids[max(len(ids) - room, 0) :] for ids in encoded]
-        new = self._sampled(prompts, replace(config, seed=config.seed + first))
+        new = self._sampled(prompts, config, rows)
         return [
             # Not the new tokens alone: some vocabularies drop the space before a first token.
             tokenizer.decode([*prompt, *ids])[len(tokenizer.decode(prompt)) :]
@@ -201,13 +218,15 @@ class GiddLM(LM):
     def _with_bos(self, ids: list[int]) -> list[int]:
         return self.edges.around(self.model.tokenizer, ids, [])[0]
 
-    def _sampled(self, prompts: list[list[int]], config: SamplingConfig) -> list[list[int]]:
+    def _sampled(
+        self, prompts: list[list[int]], config: SamplingConfig, rows: list[int] | None = None
+    ) -> list[list[int]]:
         """New tokens of each prompt, up to the end of document."""
         # The mask stands for padding: it is no token of a text, whatever the vocabulary.
         pad = self.model.schedule.mask_token_id
         ids = sample(
             self.model.denoiser, self.model.schedule, prompts, self.scorer.context, config,
-            SpecialTokens(self.model.tokenizer.eos_id, pad), device=self.model.device,
+            SpecialTokens(self.model.tokenizer.eos_id, pad), rows=rows, device=self.model.device,
         )  # fmt: skip
         longest = max(map(len, prompts))
         return [[id for id in row[longest:] if id != pad] for row in ids.tolist()]

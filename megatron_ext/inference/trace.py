@@ -27,22 +27,27 @@ FORMAT = "gidd-trace 1"
 class Trace:
     """Collects the steps of one call of `sample`; its `observe` is the observer."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]], context: int) -> None:
         self.sequences: list[dict[str, Any]] = [
             {"prompt": list(prompt), "blocks": []} for prompt in prompts
         ]
         self._longest = max(len(prompt) for prompt in prompts)
+        self._context = context
 
     def observe(self, step: Step) -> None:
         for row, sequence in enumerate(self.sequences):
+            first = step.first - self._longest + len(sequence["prompt"])
+            # The context of a longer row ends later.
+            room = self._context - first
+            if room <= 0:
+                continue
             if step.block == len(sequence["blocks"]):
-                pad = self._longest - len(sequence["prompt"])
-                sequence["blocks"].append({"first": step.first - pad, "steps": []})
+                sequence["blocks"].append({"first": first, "steps": []})
             sequence["blocks"][step.block]["steps"].append(
                 {
                     "log_snr": round(step.log_snr, 4),
-                    "ids": step.ids[row].tolist(),
-                    "confidence": [round(x, 4) for x in step.confidence[row].tolist()],
+                    "ids": step.ids[row, :room].tolist(),
+                    "confidence": [round(x, 4) for x in step.confidence[row, :room].tolist()],
                 }
             )
 

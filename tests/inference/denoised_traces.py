@@ -60,7 +60,7 @@ def write_trace(
     """What tools/generate.py --trace writes."""
     length = max(map(len, prompts)) + config.max_length
     schedule = MixingSchedule(vocab_size, MASK, SHIFTS[noise])
-    record = Trace(prompts)
+    record = Trace(prompts, length)
     sample(
         TableDenoiser(length, vocab_size), schedule, prompts, length, config,
         observer=record.observe,

@@ -157,7 +157,10 @@ def expected(rank: int, folder: Path) -> dict[str, Any]:
     questions = [json.loads(line)["question"] for line in (folder / "problems.jsonl").open()]
     room = model.context - GENERATED
     prompts = [model.tokenizer.encode(text)[-room:] for text in questions]
-    ids = sample(model.denoiser, model.schedule, prompts, model.context, sampling).tolist()
+    rows = [index_of([0, *model.tokenizer.encode(text)]) for text in questions]
+    ids = sample(
+        model.denoiser, model.schedule, prompts, model.context, sampling, rows=rows
+    ).tolist()
     new = [model.tokenizer.decode(row[max(map(len, prompts)) :]) for row in ids]
     return {
         "likely": likely,
@@ -177,7 +180,8 @@ def likelihoods(result: dict[str, Any]) -> list[float]:
 
 
 def refusals(rank: int, folder: Path) -> list[str]:
-    """What wrong arguments are answered, and whether a greedy completion is told."""
+    """What wrong arguments are answered; that repeated prompts draw anew, whatever their order; and
+    whether a greedy completion is told."""
     del rank
     from lm_eval.api.instance import Instance
 
@@ -204,6 +208,13 @@ def refusals(rank: int, folder: Path) -> list[str]:
     )
     said = model._sampled([ids], adaptive)[0]
     assert model._are_greedy([(ids, said)]) == [len(said) == 3]
+    again, other = (
+        Instance("generate_until", {}, (text, {"until": [], "do_sample": True}), 0)
+        for text in (prompt, "the capital")
+    )
+    first, second, third = model.generate_until([again, again, other])
+    assert first != second
+    assert model.generate_until([other, again, again]) == [third, first, second]
     request = Instance("loglikelihood", {}, (prompt, " four"), 0)
     ((value, is_greedy),) = model.loglikelihood([request])
     assert value < 0 and is_greedy is False
@@ -241,8 +252,9 @@ def test_harness_figures_are_those_of_the_library(alone: Alone) -> None:
         scores = [next(values) for _ in record["choices"]]
         best.append(scores.index(max(scores)) == record["answer"])
     assert large["results"]["choice"]["acc,none"] == pytest.approx(sum(best) / len(best))
-    answers = [text for ((text,),) in responses(large, "problems")]
-    assert answers == known["new"]
+    for result in (small, large):
+        answers = [text for ((text,),) in responses(result, "problems")]
+        assert answers == known["new"]
     assert len(set(answers)) > 4 and not any(STOP in text for text in answers)
     assert large["results"]["problems"]["exact_match,none"] == 0.0
 

@@ -13,6 +13,7 @@ from megatron_ext.hf.generation_gidd import (
     SamplingConfig,
     SpecialTokens,
     Step,
+    adaptive_step,
     draw,
     filtered_probs,
     noise_from_uniform,
@@ -99,13 +100,39 @@ def _exact_reverse(data: np.ndarray, schedule: MixingSchedule, steps: int) -> np
     return state.reshape(VOCABULARY, VOCABULARY).numpy()
 
 
-def test_a_sequence_does_not_depend_on_its_batch_and_keeps_its_prompt() -> None:
-    schedule = MixingSchedule(VOCABULARY, MASK, 0.0)
-    config = SamplingConfig(steps=4, max_length=1, seed=3)
-    several = sample(TableDenoiser(), schedule, [[2], [1], [0]], LENGTH, config)
-    alone = sample(TableDenoiser(), schedule, [[2]], LENGTH, config)
-    assert torch.equal(several[:1], alone)
-    assert several[:, 0].tolist() == [2, 1, 0]
+@pytest.mark.parametrize("shift", [0.0, 1000.0])
+def test_a_sequence_depends_on_its_number_alone_and_keeps_its_prompt(shift: float) -> None:
+    schedule = MixingSchedule(VOCABULARY, MASK, shift)
+    config = SamplingConfig(steps=2, max_length=1, seed=3)
+    prompts, rows = [[i % 3] for i in range(40)], [7 * i for i in range(40)]
+    several = sample(TableDenoiser(), schedule, prompts, LENGTH, config, rows=rows)
+    backwards = sample(
+        TableDenoiser(), schedule, prompts[20:][::-1], LENGTH, config, rows=rows[20:][::-1]
+    )
+    assert torch.equal(several[20:], backwards.flip(0))
+    assert several[:, 0].tolist() == [prompt[0] for prompt in prompts]
+    by_place = sample(TableDenoiser(), schedule, prompts, LENGTH, config)
+    assert not torch.equal(several, by_place)
+    assert torch.equal(several[:1], by_place[:1])
+    with pytest.raises(ValueError, match="rows has 40 numbers for 1 prompts"):
+        sample(TableDenoiser(), schedule, [[0]], LENGTH, config, rows=rows)
+
+
+def test_equal_gains_are_settled_by_position_whatever_stands_behind() -> None:
+    """The last block of a row whose context ends is as long as that of a longer row beside it."""
+    schedule = MixingSchedule(VOCABULARY, MASK, 1000.0)
+    ids = torch.zeros(1, 16, dtype=torch.int64)
+    logits = torch.tensor([4.0, 0.0, 0.0, -torch.inf]).expand(1, 16, -1)
+    uniform = torch.full((1, 16, 3), 0.9999)
+    config = SamplingConfig(method="adaptive", tokens_per_step=3)
+    is_fixed = torch.arange(16)[None] >= 5
+    for length in (5, 16):
+        new, gain = adaptive_step(
+            logits[:, :length], ids[:, :length], schedule, 0.0, uniform[:, :length], config,
+            is_fixed[:, :length],
+        )  # fmt: skip
+        assert gain[:, :5].unique().numel() == 1
+        assert torch.nonzero(new[0]).flatten().tolist() == [0, 1, 2]
 
 
 def test_a_fixed_token_behind_a_hole_stays_and_the_hole_is_filled() -> None:
