@@ -18,7 +18,7 @@ from megatron_ext.checkpoint.training import (
     load_checkpoint,
 )
 from megatron_ext.cli import dump_config
-from megatron_ext.config import Config, require
+from megatron_ext.config import CheckpointConfig, Config, require
 from megatron_ext.data.batches import BatchSource, MicroBatch, RankPosition, prefetched
 from megatron_ext.data.dataset import Datasets
 from megatron_ext.optim.build import (
@@ -92,8 +92,9 @@ class Trainer:
         starts and restarts it.
         """
         checkpoint = self.config.checkpoint
-        is_own = checkpoint.load == checkpoint.save
-        if checkpoint.load is None or (is_own and not has_checkpoint(checkpoint.load)):
+        if checkpoint.load is None:
+            return
+        if is_own_folder(checkpoint) and not has_checkpoint(checkpoint.load):
             return
         folder = find_checkpoint(checkpoint.load, checkpoint.ckpt_step)
         optimizer = None if checkpoint.finetune else self.optimizer
@@ -147,11 +148,24 @@ class Trainer:
         return Reporter.validation_values(result, self.data.valid.bytes_per_token, self.config)
 
 
-def refuse_foreign_folder(config: Config) -> None:
+def is_own_folder(checkpoint: CheckpointConfig) -> bool:
+    """Whether --load and --save are one folder, however they are written."""
+    save, load = checkpoint.save, checkpoint.load
+    return save is not None and load is not None and Path(save).resolve() == Path(load).resolve()
+
+
+def refuse_foreign_folder(checkpoint: CheckpointConfig) -> None:
     """Raise where --save holds checkpoints of a run that this one does not continue."""
-    save, load = config.checkpoint.save, config.checkpoint.load
+    is_own = is_own_folder(checkpoint)
     require(
-        save is None or save == load or not has_checkpoint(save), "save", save,
+        not (checkpoint.finetune and is_own), "finetune", True,
+        f"it starts at step 0, and would replace the checkpoints of --load in --save, which is the "
+        f"same folder, {checkpoint.save}; choose another --save, or give --no-finetune to continue "
+        "that run.",
+    )  # fmt: skip
+    require(
+        checkpoint.save is None or is_own or not has_checkpoint(checkpoint.save),
+        "save", checkpoint.save,
         "it holds checkpoints already; give --load of the same folder to continue that run, or "
         "choose another.",
     )  # fmt: skip
@@ -159,7 +173,7 @@ def refuse_foreign_folder(config: Config) -> None:
 
 def train(config: Config) -> int:
     """Run to the end or to a reason to stop; returns the process's exit code."""
-    refuse_foreign_folder(config)
+    refuse_foreign_folder(config.checkpoint)
     trainer = Trainer.build(config)
     trainer.load()
     writer = None

@@ -168,6 +168,11 @@ def test_a_folder_with_another_run_is_not_overwritten(tmp_path: Path) -> None:
     assert train(config) == EXIT_DONE
     with pytest.raises(ValueError, match="--save is .* it holds checkpoints already"):
         train(config)
+    own = {"save": str(tmp_path), "load": f"{tmp_path}/../{tmp_path.name}", "finetune": True}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match="--finetune is True: .*choose another --save"):
+        train(run_config(tmp_path, checkpoint=own))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_parameter_norm_counts_every_weight_once(tmp_path: Path) -> None:
