@@ -55,10 +55,13 @@ def alternate(
     repetitions: int = 7,
     warmup: int = 1,
     max_seconds: float | None = None,
+    before: Mapping[str, Callable[[], object]] | None = None,
+    after: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Timing]:
     """Times of every way over `repetitions` turns after `warmup` turns that are not counted.
 
-    `max_seconds` ends the turns early, though never before the first.
+    `max_seconds` ends the turns early, though never before the first. `before` and `after` of a
+    way run around each of its calls and are not timed.
     """
     assert repetitions > 0, "nothing to measure"
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -66,7 +69,11 @@ def alternate(
     for turn in range(-warmup, repetitions):
         names = list(ways) if turn % 2 == 0 else list(ways)[::-1]
         for name in names:
+            if before and name in before:
+                before[name]()
             elapsed = _seconds_of(ways[name])
+            if after and name in after:
+                after[name]()
             if turn >= 0:
                 seconds[name].append(elapsed)
         if turn >= 0 and max_seconds is not None and time.perf_counter() - begin > max_seconds:

@@ -41,6 +41,24 @@ def test_ways_take_turns_and_every_second_turn_runs_backwards() -> None:
     assert {name: len(timing.seconds) for name, timing in times.items()} == {"a": 3, "b": 3}
 
 
+def test_what_runs_around_a_way_is_not_timed() -> None:
+    calls: list[str] = []
+
+    def pause(name: str) -> None:
+        calls.append(name)
+        time.sleep(0.05)
+
+    times = alternate(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+        repetitions=1,
+        warmup=0,
+        before={"a": lambda: pause("before a")},
+        after={"b": lambda: pause("after b")},
+    )
+    assert calls == ["before a", "a", "b", "after b"]
+    assert max(times["a"].seconds + times["b"].seconds) < 0.05
+
+
 def test_a_time_limit_ends_the_turns_but_not_before_the_first() -> None:
     times = alternate({"sleep": lambda: time.sleep(0.01)}, repetitions=1000, max_seconds=0.02)
     assert 1 <= len(times["sleep"].seconds) <= 3
