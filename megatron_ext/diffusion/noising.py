@@ -126,13 +126,34 @@ def noise_for_validation(
 ) -> NoisedSequence:
     """Noise a whole validation sequence at the one log-SNR of `validation_log_snr`.
 
-    No prompt, no infilling, no empty tokens: every position is in the loss. The result depends on
-    (seed, index, draw, num_draws) alone, so every evaluation of a run uses the same noise. Uniform
-    noise leaves out the mask unless asked for: the reported bound is one for that law alone.
+    The result depends on (seed, index, draw, num_draws) alone, so every evaluation of a run uses
+    the same noise.
+    """
+    level = validation_log_snr(schedule, seed=seed, index=index, draw=draw, num_draws=num_draws)
+    return noise_at_level(
+        tokens, schedule, level, seed=seed, index=index, draw=draw, documents=documents,
+        uniform_noise_includes_mask=uniform_noise_includes_mask,
+    )  # fmt: skip
+
+
+def noise_at_level(
+    tokens: np.ndarray,
+    schedule: MixingSchedule,
+    log_snr: float,
+    *,
+    seed: int,
+    index: int,
+    draw: int,
+    documents: np.ndarray | None = None,
+    uniform_noise_includes_mask: bool = False,
+) -> NoisedSequence:
+    """Noise a whole sequence at one log-SNR, as validation does.
+
+    No prompt, no infilling, no empty tokens: every position is in the loss. Uniform noise leaves
+    out the mask unless asked for: the reported bound is one for that law alone.
     """
     x0 = np.array(tokens, dtype=np.int64)
-    level = validation_log_snr(schedule, seed=seed, index=index, draw=draw, num_draws=num_draws)
-    levels = np.full(1, level, dtype=np.float32)
+    levels = np.full(1, log_snr, dtype=np.float32)
     numbers = generator(seed, index, Purpose.VALIDATION_CORRUPTION, draw)
     noise_mask = np.ones(len(x0), dtype=bool)
     return NoisedSequence(
@@ -157,8 +178,16 @@ def validation_log_snr(
     if not 0 <= draw < num_draws:
         raise ValueError(f"draw is {draw}: it must lie in [0, {num_draws}), the number of draws.")
     offset = generator(seed, 0, Purpose.VALIDATION_LOG_SNR).random()
-    rotation = (index * _GOLDEN_STEP % 2**64) / 2**64
-    fraction = (rotation + (draw + offset) / num_draws) % 1.0
+    return log_snr_at(schedule, (rotation(index) + (draw + offset) / num_draws) % 1.0)
+
+
+def rotation(index: int) -> float:
+    """Multiples of the golden ratio in [0, 1): successive ones are spread evenly."""
+    return (index * _GOLDEN_STEP % 2**64) / 2**64
+
+
+def log_snr_at(schedule: MixingSchedule, fraction: float) -> float:
+    """Log-SNR at a fraction of the range of times."""
     low, high = schedule.time_bounds
     time = torch.tensor(low + (high - low) * fraction, dtype=torch.float64)
     return schedule.log_snr_from_time(time).item()

@@ -3,7 +3,7 @@
 A sequence is exposed to noise `num_draws` times, each time at one log-SNR for all of it, and the
 objective's `elbo` is summed over its scored positions; the mean over draws is the bound (arXiv
 2512.10858, section 3; docs/evaluation.md). Log-SNRs are stratified in time and all noise is that of
-`noise_for_validation`: a function of (seed, index, draw), whatever the batch size and the layout.
+validation: a function of (seed, index, draw), whatever the batch size and the layout.
 
 A prompt is clean, sees itself alone and is not scored. What stands behind the last token is either
 nothing, or, as where the model samples, noise up to the end of its context, which is seen and not
@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +27,12 @@ import torch
 from megatron_ext.diffusion.noising import (
     CLEAN_LOG_SNR,
     NoisedSequence,
-    noise_for_validation,
+    log_snr_at,
+    noise_at_level,
+    rotation,
     validation_log_snr,
 )
+from megatron_ext.diffusion.random import Purpose, generator
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.hf.generation_gidd import noise_from_uniform, uniforms
 
@@ -50,6 +53,9 @@ class LikelihoodConfig:
     """Keys the noise; a run's own seed meets the noise of its validation."""
     batch_size: int = 8
     """Noised sequences per forward pass; does not change the figures."""
+    times: Literal["even", "squared", "grid"] = "squared"
+    """Where noise levels lie. squared: most of them near clean text, weighted accordingly. even:
+    as in validation; the same bound, noisier. grid: fixed, as in the published benchmarks."""
     canvas: bool = False
     """Fill the context behind the last token with noise, as the sampler does."""
     effective_log_snr: bool = False
@@ -60,6 +66,8 @@ class LikelihoodConfig:
         for name in ("num_draws", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more.")
+        if self.times not in ("even", "squared", "grid"):
+            raise ValueError(f"times is {self.times!r}: choose even, squared or grid.")
 
 
 @dataclass(frozen=True)
@@ -84,28 +92,35 @@ class Scores:
     """[n, draws] float64, nats of the scored tokens at each draw."""
     log_snr: np.ndarray
     """[n, draws] float64."""
+    weights: np.ndarray
+    """[n, draws] float64, of mean 1: the law of training over the law of the draws."""
     num_tokens: np.ndarray
     """[n] int64, scored tokens."""
 
     @property
     def nats(self) -> np.ndarray:
         """[n] bound on -log p of each item."""
-        return self.elbo.mean(axis=1)
+        return (self.elbo * self.weights).mean(axis=1)
 
     @property
     def variance(self) -> np.ndarray:
         """[n] of `nats` over the noise, NaN for one draw.
 
         Draws are stratified in time, so neighbours in log-SNR differ by their noise and little
-        else: half their squared difference estimates the variance of one. The last and the first
-        count as neighbours, or the ends, where it is largest, would count half. On average this
-        is never too small; what it is too large by comes from the means of neighbours.
+        else. They are taken in pairs, of which the squared difference estimates the sum of both
+        variances (an odd number ends with three). On average this is never too small; what it is
+        too large by comes from the means of neighbours.
         """
         count = self.elbo.shape[1]
         if count < 2:
             return np.full(len(self.elbo), math.nan)
-        ordered = np.take_along_axis(self.elbo, np.argsort(self.log_snr, axis=1), axis=1)
-        return np.square(ordered - np.roll(ordered, 1, axis=1)).mean(axis=1) / 2 / count
+        order = np.argsort(self.log_snr, axis=1)
+        ordered = np.take_along_axis(self.elbo * self.weights, order, axis=1)
+        sums = np.square(ordered[:, 1::2] - ordered[:, : count - count % 2 : 2]).sum(axis=1)
+        if count % 2:
+            a, b, c = ordered[:, -3:].T
+            sums += ((a - c) ** 2 + (b - c) ** 2 - (a - b) ** 2) / 2
+        return sums / count**2
 
     @property
     def standard_error(self) -> np.ndarray:
@@ -113,18 +128,27 @@ class Scores:
         return np.sqrt(self.variance)
 
     def by_log_snr(self, schedule: MixingSchedule, num_bins: int = 18) -> list[dict[str, float]]:
-        """Nats per token in equal bins of log-SNR; bins without a draw are left out."""
+        """Nats per token in equal bins of log-SNR, and the bins' shares of the bound.
+
+        Bins without a draw are left out.
+        """
         edges = np.linspace(schedule.min_log_snr, schedule.max_log_snr, num_bins + 1)
         bins = np.clip(np.searchsorted(edges, self.log_snr, side="right") - 1, 0, num_bins - 1)
         tokens = np.broadcast_to(self.num_tokens[:, None], bins.shape)
+        nats = self.elbo * self.weights
         table = []
         for i in range(num_bins):
             there = bins == i
             if not there.any():
                 continue
-            count = int(tokens[there].sum())
-            row = {"from": edges[i], "to": edges[i + 1], "elbo": self.elbo[there].sum() / count}
-            table.append({**{k: float(v) for k, v in row.items()}, "tokens": count})
+            row = {
+                "from": edges[i],
+                "to": edges[i + 1],
+                "elbo": nats[there].sum() / (tokens * self.weights)[there].sum(),
+                "share": nats[there].sum() / nats.sum(),
+                "tokens": tokens[there].sum(),
+            }
+            table.append({name: value.item() for name, value in row.items()})
         return table
 
 
@@ -206,29 +230,62 @@ def score(scorer: Scorer, items: Sequence[Item], config: LikelihoodConfig) -> Sc
                 f"a sequence has {len(item.tokens)} tokens, {item.num_prompt} of them its prompt: "
                 f"there must be one to score, and the context has {scorer.context} positions."
             )
-    schedule, group = scorer.schedule, scorer.replicas
+    group = scorer.replicas
     elbo = torch.zeros(len(items), config.num_draws, dtype=torch.float64, device=scorer.device)
+    levels = [noise_levels(scorer.schedule, config, item.index) for item in items]
     rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
     # By length, or a batch would be mostly padding.
     mine = sorted(range(rank, len(items), size), key=lambda i: len(items[i].tokens))
-    for batch in _batches(_rows(items, mine, scorer, config), config.batch_size):
+    rows = (
+        _Row(number, draw, noise_item(items[number], draw, log_snr, scorer, config))
+        for number in mine
+        for draw, log_snr in enumerate(levels[number].log_snr)
+    )
+    for batch in _batches(rows, config.batch_size):
         _score_batch(scorer, batch, elbo)
     if size > 1:
         torch.distributed.all_reduce(elbo, group=group)
-    levels = [
-        [
-            validation_log_snr(
-                schedule, seed=config.seed, index=item.index, draw=draw, num_draws=config.num_draws
-            )
-            for draw in range(config.num_draws)
-        ]
-        for item in items
-    ]
     return Scores(
         elbo.cpu().numpy(),
-        np.array(levels).reshape(elbo.shape),
+        np.array([x.log_snr for x in levels]).reshape(elbo.shape),
+        np.array([x.weights for x in levels]).reshape(elbo.shape),
         np.array([len(item.tokens) - item.num_prompt for item in items], dtype=np.int64),
     )
+
+
+class Levels(NamedTuple):
+    """Noise levels of an item."""
+
+    log_snr: np.ndarray
+    """[draws] float64."""
+    weights: np.ndarray
+    """[draws] float64, of each draw in the mean."""
+
+
+def noise_levels(schedule: MixingSchedule, config: LikelihoodConfig, index: int) -> Levels:
+    """The noise levels that `config.times` says, a function of (seed, index)."""
+    count = config.num_draws
+    match config.times:
+        case "even":
+            levels = [
+                validation_log_snr(
+                    schedule, seed=config.seed, index=index, draw=draw, num_draws=count
+                )
+                for draw in range(count)
+            ]
+            return Levels(np.array(levels), np.ones(count))
+        case "squared":
+            offset = generator(config.seed, 0, Purpose.VALIDATION_LOG_SNR).random()
+            offset = (offset + rotation(index)) % 1.0
+            # Every second stratum is entered from its other end: what changes linearly over the
+            # strata, as the weights do, adds up to the same for every offset.
+            within = np.where(np.arange(count) % 2 == 0, offset, 1.0 - offset)
+            root = (np.arange(count) + within) / count
+            return Levels(np.array([log_snr_at(schedule, u**2) for u in root]), 2 * root)
+        case "grid":
+            clean = np.linspace(1e-4, 0.9999, count + 1)[:-1]
+            level = np.log(clean / (1 - clean)).clip(schedule.min_log_snr, schedule.max_log_snr)
+            return Levels(level, np.ones(count))
 
 
 class _Row(NamedTuple):
@@ -237,16 +294,10 @@ class _Row(NamedTuple):
     noised: NoisedSequence
 
 
-def _rows(
-    items: Sequence[Item], mine: Iterable[int], scorer: Scorer, config: LikelihoodConfig
-) -> Iterator[_Row]:
-    for number in mine:
-        for draw in range(config.num_draws):
-            yield _Row(number, draw, noise_item(items[number], draw, scorer, config))
-
-
-def noise_item(item: Item, draw: int, scorer: Scorer, config: LikelihoodConfig) -> NoisedSequence:
-    """Draw `draw` of an item; `noise_mask` are the scored positions."""
+def noise_item(
+    item: Item, draw: int, log_snr: float, scorer: Scorer, config: LikelihoodConfig
+) -> NoisedSequence:
+    """Draw `draw` of an item, at a noise level; `noise_mask` are the scored positions."""
     tokens, documents, end = item.tokens, item.documents, len(item.tokens)
     if config.canvas and end < scorer.context:
         # Another rest in every draw: one for all would correlate the draws.
@@ -255,9 +306,9 @@ def noise_item(item: Item, draw: int, scorer: Scorer, config: LikelihoodConfig) 
         tokens = np.concatenate([tokens, rest])
         if documents is not None:
             documents = np.pad(documents, (0, len(rest)), mode="edge")
-    row = noise_for_validation(
-        tokens, scorer.schedule, seed=config.seed, index=item.index, draw=draw,
-        num_draws=config.num_draws, documents=documents,
+    row = noise_at_level(
+        tokens, scorer.schedule, log_snr, seed=config.seed, index=item.index, draw=draw,
+        documents=documents,
     )  # fmt: skip
     prompt = slice(0, item.num_prompt)
     row.xt[prompt] = row.x0[prompt]

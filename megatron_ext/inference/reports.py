@@ -275,10 +275,10 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['num_tokens']:,} tokens in {report['nats_per_token']['num_units']} "
         f"{report['unit']}; {report['num_draws']} noise levels each, seed {report['seed']}"
         + ("" if noise is None else f", of whose noise comes a standard error of {noise:.4f}"),
-        "log-SNR         nats/token",
+        "log-SNR         nats/token  share",
     ]
     lines += [
-        f"{row['from']:+6.1f} {row['to']:+6.1f} {row['elbo']:12.4f}"
+        f"{row['from']:+6.1f} {row['to']:+6.1f} {row['elbo']:12.4f} {row['share']:6.1%}"
         for row in report["elbo_by_log_snr"]
     ]
     return "\n".join(lines)

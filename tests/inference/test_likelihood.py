@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from megatron_ext.diffusion.noising import NoisedSequence
 from megatron_ext.diffusion.objective import dense_gidd_loss
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.inference.likelihood import (
@@ -21,11 +22,13 @@ from megatron_ext.inference.likelihood import (
     completion,
     estimate_ratio,
     noise_item,
+    noise_levels,
     score,
     student_quantile,
 )
 from megatron_ext.inference.scorers import HuggingFaceScorer
 from megatron_ext.kernels.gidd_loss import gidd_loss
+from tests.diffusion.bounds import STANDARD_ERRORS, assert_mean
 from tests.distributed import run_ranks
 from tests.hf.golden import recorded_model
 from tests.inference.tables import MASK, VOCABULARY
@@ -83,9 +86,20 @@ def integral(scorer: TableScorer, tokens: list[int], num_prompt: int, num_scored
     return total / (high - low)
 
 
+def noised(item: Item, scorer: TableScorer, config: LikelihoodConfig) -> list[NoisedSequence]:
+    """All draws of an item."""
+    levels = noise_levels(scorer.schedule, config, item.index).log_snr
+    return [noise_item(item, i, level, scorer, config) for i, level in enumerate(levels)]
+
+
 @pytest.mark.parametrize("shift", SHIFTS)
-@pytest.mark.parametrize(("num_prompt", "num_scored"), [(0, 3), (1, 2), (1, 1)])
-def test_bounds_converge_to_the_integral(shift: float, num_prompt: int, num_scored: int) -> None:
+@pytest.mark.parametrize(
+    ("num_prompt", "num_scored", "times"),
+    [(0, 3, "even"), (0, 3, "squared"), (1, 2, "squared"), (1, 1, "squared"), (1, 1, "even")],
+)
+def test_bounds_converge_to_the_integral(
+    shift: float, num_prompt: int, num_scored: int, times: str
+) -> None:
     """Unconditional, conditional, and conditional with noise behind; errors are honest ones."""
     schedule = MixingSchedule(VOCABULARY, MASK, shift, min_log_snr=-6.0, max_log_snr=2.0)
     scorer = TableScorer(schedule)
@@ -93,13 +107,38 @@ def test_bounds_converge_to_the_integral(shift: float, num_prompt: int, num_scor
     expected = integral(scorer, tokens, num_prompt, num_scored)
     item = np.array(tokens[: num_prompt + num_scored])
     items = [Item(item, index, num_prompt) for index in range(250)]
-    config = LikelihoodConfig(num_draws=16, batch_size=512, canvas=True)
+    config = LikelihoodConfig(num_draws=16, batch_size=512, canvas=True, times=times)  # type: ignore[arg-type]
     scores = score(scorer, items, config)
     error = scores.nats.std(ddof=1) / math.sqrt(len(items))
     assert error < 0.04 * expected
-    assert abs(scores.nats.mean() - expected) < 4.5 * error
+    assert abs(scores.nats.mean() - expected) < STANDARD_ERRORS * error
     # The estimate from neighbours is not below the spread that it stands for, nor far above it.
     assert 0.9 < math.sqrt(scores.variance.mean()) / scores.nats.std(ddof=1) < 1.5
+
+
+@pytest.mark.parametrize("num_draws", [2, 3, 4, 7])
+def test_the_variance_over_the_noise_is_that_of_draws_with_a_common_mean(num_draws: int) -> None:
+    """Unbiased where neighbours differ in their noise alone, however unequal it is."""
+    spread = np.linspace(0.5, 3, num_draws)
+    elbo = np.random.default_rng(0).normal(5.0, spread, size=(40_000, num_draws))
+    levels = np.broadcast_to(np.linspace(-9, 9, num_draws), elbo.shape)
+    scores = Scores(elbo, levels, np.ones_like(elbo), np.ones(len(elbo), dtype=np.int64))
+    assert_mean(scores.variance, np.square(spread).sum() / num_draws**2)
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_more_draws_near_clean_text_make_the_same_bound_less_noisy(shift: float) -> None:
+    """Over all of the range: a token noised at +9 counts 8000 times and is seldom met."""
+    scorer = TableScorer(MixingSchedule(VOCABULARY, MASK, shift))
+    items = [Item(np.array([2, 0, 1]), index) for index in range(600)]
+    even, squared = (
+        score(scorer, items, LikelihoodConfig(num_draws=8, batch_size=4800, times=times))
+        for times in ("even", "squared")
+    )
+    assert squared.nats.std() < 0.8 * even.nats.std()
+    assert squared.nats.max() < 0.5 * even.nats.max()
+    gap = abs(squared.nats.mean() - even.nats.mean())
+    assert gap < STANDARD_ERRORS * math.hypot(squared.nats.std(), even.nats.std()) / math.sqrt(600)
 
 
 class LevelScorer(TableScorer):
@@ -111,12 +150,13 @@ class LevelScorer(TableScorer):
         return torch.sigmoid(-log_snr[:, scored].double())
 
 
-def test_spread_over_noise_levels_costs_almost_nothing() -> None:
+@pytest.mark.parametrize("times", ["even", "squared"])
+def test_spread_over_noise_levels_costs_almost_nothing(times: str) -> None:
     scorer = LevelScorer(MixingSchedule(VOCABULARY, MASK, 0.0))
     items = [Item(np.array([2]), index) for index in range(200)]
-    scores = score(scorer, items, LikelihoodConfig(num_draws=16))
+    scores = score(scorer, items, LikelihoodConfig(num_draws=16, times=times))  # type: ignore[arg-type]
     assert scores.nats.mean() == pytest.approx(0.5, abs=1e-3)
-    independent = scores.elbo.std(ddof=1) / 4
+    independent = (scores.elbo * scores.weights).std(ddof=1) / 4
     assert scores.nats.std(ddof=1) < independent / 3.5
     assert scores.standard_error.mean() < independent
 
@@ -127,8 +167,8 @@ def test_prompts_are_clean_see_themselves_alone_and_are_not_scored(
 ) -> None:
     scorer = TableScorer(MixingSchedule(VOCABULARY, MASK, shift))
     item = Item(np.array([2, 0]), index=7, num_prompt=1)
-    config = LikelihoodConfig(num_draws=32, canvas=canvas)
-    rows = [noise_item(item, draw, scorer, config) for draw in range(32)]
+    config = LikelihoodConfig(num_draws=32, canvas=canvas, times="even")
+    rows = noised(item, scorer, config)
     for row in rows:
         assert (row.xt[0], row.visibility[0, 0]) == (2, 0)
         assert row.visibility[0, 1:].tolist() == [1] * (len(row.xt) - 1)
@@ -147,8 +187,7 @@ def test_completions_of_a_prompt_meet_the_same_noise_and_long_prompts_lose_their
         completion([], [1] * 4, LENGTH)
     scorer = TableScorer(MixingSchedule(VOCABULARY, MASK, -1000.0))
     config = LikelihoodConfig(num_draws=8)
-    for draw in range(8):
-        a, b = (noise_item(item, draw, scorer, config) for item in (one, other))
+    for a, b in zip(*(noised(item, scorer, config) for item in (one, other)), strict=True):
         assert np.array_equal(a.xt == MASK, b.xt == MASK)
 
 
@@ -160,8 +199,7 @@ def test_the_effective_level_is_that_of_the_tokens_that_stayed_clean() -> None:
         LikelihoodConfig(num_draws=16, effective_log_snr=flag) for flag in (False, True)
     )
     found = set()
-    for draw in range(16):
-        a, b = (noise_item(item, draw, scorer, config) for config in (plain, effective))
+    for a, b in zip(*(noised(item, scorer, config) for config in (plain, effective)), strict=True):
         assert np.array_equal(a.xt, b.xt)
         kept = int((b.xt[1:] == b.x0[1:]).sum())
         assert b.log_snr[1:].tolist() == [{0: -9.0, 1: 0.0, 2: 9.0}[kept]] * 2
@@ -220,14 +258,16 @@ def test_figures_do_not_depend_on_the_batch_size(canvas: bool, single_rank: None
     assert np.array_equal(small.log_snr, large.log_snr)
 
 
-def test_the_table_by_log_snr_adds_up_to_the_bound(single_rank: None) -> None:
+@pytest.mark.parametrize("times", ["even", "squared"])
+def test_the_table_by_log_snr_adds_up_to_the_bound(times: str, single_rank: None) -> None:
     schedule = recorded_model("A", noise_type=MODEL_SHIFT).mixing_schedule(3)
-    scores = hugging_face_scores(LikelihoodConfig(num_draws=8))
+    scores = hugging_face_scores(LikelihoodConfig(num_draws=8, times=times))  # type: ignore[arg-type]
     table = scores.by_log_snr(schedule, num_bins=6)
-    total = sum(row["elbo"] * row["tokens"] for row in table)
-    assert total / sum(row["tokens"] for row in table) == pytest.approx(
-        scores.nats.sum() / scores.num_tokens.sum()
-    )
+    assert sum(row["share"] for row in table) == pytest.approx(1)
+    assert sum(row["tokens"] for row in table) == 8 * scores.num_tokens.sum()
+    # The bound is the mean of the bins, each by the share of the training law that it stands for.
+    stands_for = [row["share"] * scores.nats.sum() / row["elbo"] for row in table]
+    assert sum(stands_for) == pytest.approx(scores.num_tokens.sum())
     assert [row["from"] for row in table] == sorted(row["from"] for row in table)
 
 
