@@ -15,7 +15,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ext.hf.generation_gidd import SamplingConfig  # noqa: E402
+from megatron_ext.hf.steps_gidd import SamplingConfig  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

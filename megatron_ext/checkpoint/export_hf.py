@@ -25,7 +25,7 @@ from megatron_ext.checkpoint.convert import (
     staged,
     with_dtypes,
 )
-from megatron_ext.checkpoint.hf_config import PUBLISHED_IDS, published_fields
+from megatron_ext.checkpoint.hf_config import PUBLISHED_IDS, generation_fields, published_fields
 from megatron_ext.checkpoint.hf_folder import (
     PublishedWeights,
     ShardWriter,
@@ -124,7 +124,8 @@ def export_run(
     fields = published_fields(run.config, run.vocab_size, ids, dtype_name(target))
     with staged(folder) as temporary:
         count = _write_exported(temporary, stored, parameters, run, target, max_bytes)
-        (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        for name, contents in (("config", fields), ("generation_config", generation_fields(ids))):
+            (temporary / f"{name}.json").write_text(json.dumps(contents, indent=2) + "\n")
         copy_code(temporary)
         if tokenizer is not None:
             _write_tokenizer(temporary, tokenizer)

@@ -142,6 +142,12 @@ def _require_published(config: Config) -> None:
     )  # fmt: skip
 
 
+def generation_fields(special: Mapping[str, int | None]) -> dict[str, Any]:
+    """The generation_config.json of a run, from the ids of bos, eos and pad."""
+    ids = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
+    return {name: id for name, id in ids.items() if id is not None}
+
+
 def published_fields(
     config: Config, vocab_size: int, special: Mapping[str, int | None], dtype: str
 ) -> dict[str, Any]:

@@ -19,17 +19,9 @@ from megatron_ext.conformance.report import Measurement, measure
 from megatron_ext.conformance.session import Session
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.hf import GiddConfig, GiddForDiffusionLM
-from megatron_ext.hf.generation_gidd import (
-    CachedDenoiser,
-    Denoiser,
-    SamplingConfig,
-    SpecialTokens,
-    Step,
-    confidence_gain,
-    filtered_probs,
-    log_snr_grid,
-    sample,
-)
+from megatron_ext.hf.generation_gidd import CachedDenoiser
+from megatron_ext.hf.sampling_gidd import Denoiser, SpecialTokens, Step, sample
+from megatron_ext.hf.steps_gidd import SamplingConfig, confidence_gain, filtered_probs, log_snr_grid
 from megatron_ext.inference.denoiser import TrainingDenoiser
 
 from megatron.core.utils import unwrap_model  # isort: skip

@@ -12,10 +12,8 @@ every query and has no position.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,11 +23,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
+from .attention_gidd import ATTENTION, attention_probs, key_mask, rotary_angles, rotate
 from .configuration_gidd import GiddConfig
 from .generation_gidd import GiddGenerationMixin, special_id
 
-# transformers 4 copies only the files that this one imports itself.
+# transformers 4 copies only the files that this one imports itself, so it imports all of them.
+from .random_gidd import Purpose  # noqa: F401
+from .sampling_gidd import sample  # noqa: F401
 from .schedule_gidd import MixingSchedule
+from .steps_gidd import SamplingConfig  # noqa: F401
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 """Keys and values [b, a, t, d] of every layer, the learned ones included."""
@@ -43,6 +45,8 @@ class GiddModelOutput(ModelOutput):
     """[b, s, h], normalised."""
     hidden_states: tuple[Tensor, ...] | None = None
     """The residual stream before the first and after every layer."""
+    attentions: tuple[Tensor, ...] | None = None
+    """Probabilities [b, a, s, t] of every layer, of the learned key first."""
     key_values: tuple[tuple[Tensor, Tensor], ...] | None = None
 
 
@@ -58,70 +62,6 @@ class GiddRMSNorm(nn.Module):
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
         return ((1 + self.weight.to(exact.dtype)) * exact).to(x.dtype)
-
-
-def rotary_angles(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [b, 1, s, d / 2] float32 at `positions` [b, s]; computed, never stored."""
-    exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-    angles = positions[:, None, :, None].float() * (1.0 / base**exponent)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate `x` [b, a, s, d], first half against second half."""
-    cos, sin = angles
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
-def attend_eager(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, soft_cap: float | None
-) -> Tensor:
-    """The definition: scores, soft cap, mask, softmax in float32."""
-    scores = query @ key.transpose(-1, -2) * (1.0 / math.sqrt(query.shape[-1]))
-    if soft_cap:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    exact = torch.promote_types(scores.dtype, torch.float32)
-    return torch.softmax(scores, dim=-1, dtype=exact).to(value.dtype) @ value
-
-
-def attend_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, soft_cap: float | None
-) -> Tensor:
-    """torch's fused attention, which has no soft cap."""
-    if soft_cap:
-        raise ValueError(
-            f"attn_performer is 'sdpa' with attn_soft_cap {soft_cap}: that computes without the "
-            "cap; use 'eager' or 'flex'."
-        )
-    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def attend_flex(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, soft_cap: float | None
-) -> Tensor:
-    """FlexAttention: one fused kernel with cap and mask; compiled at first use of a shape."""
-
-    def score(value: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if soft_cap:
-            value = soft_cap * torch.tanh(value / soft_cap)
-        if mask is not None:
-            value = torch.where(mask[b, 0, q, k], value, torch.finfo(value.dtype).min)
-        return value
-
-    return _compiled_flex()(query, key, value, score_mod=score)
-
-
-ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "flex": attend_flex}
 
 
 class GiddAttention(nn.Module):
@@ -153,8 +93,10 @@ class GiddAttention(nn.Module):
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None,
         past: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Output [b, s, h], and the keys and values [b, a, t, d] that were attended to."""
+        *,
+        with_probs: bool,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """Output [b, s, h]; keys and values [b, a, t, d] that were attended to; probabilities."""
 
         def split(flat: Tensor) -> Tensor:
             return flat.unflatten(-1, self.heads_shape).transpose(1, 2)
@@ -173,8 +115,13 @@ class GiddAttention(nn.Module):
             before = None
         if before is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
-        output = self.attend(query, key, value, mask, self.soft_cap)
-        return self.o_proj(output.transpose(1, 2).flatten(2)), (key, value)
+        probs = None
+        if with_probs:
+            probs = attention_probs(query, key, mask, self.soft_cap)
+            output = probs.to(value.dtype) @ value
+        else:
+            output = self.attend(query, key, value, mask, self.soft_cap)
+        return self.o_proj(output.transpose(1, 2).flatten(2)), (key, value), probs
 
 
 class GiddMLP(nn.Module):
@@ -206,10 +153,14 @@ class GiddLayer(nn.Module):
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None,
         past: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        attended, key_values = self.self_attn(self.attn_layernorm(x), angles, mask, past)
+        *,
+        with_probs: bool,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        attended, key_values, probs = self.self_attn(
+            self.attn_layernorm(x), angles, mask, past, with_probs=with_probs
+        )
         x = x + self.multiplier * attended
-        return x + self.multiplier * self.mlp(self.mlp_layernorm(x)), key_values
+        return x + self.multiplier * self.mlp(self.mlp_layernorm(x)), key_values, probs
 
 
 class GiddPreTrainedModel(PreTrainedModel):
@@ -249,21 +200,6 @@ class GiddPreTrainedModel(PreTrainedModel):
             parameter.zero_()
 
 
-def key_mask(attention_mask: Tensor | None, num_queries: int, num_extra: int) -> Tensor | None:
-    """bool [b, 1, s, t] from a mask of keys [b, t] or of pairs [b, s, t] (or [b, 1, s, t]).
-
-    `num_extra` keys in front (the learned key) are always attended to.
-    """
-    if attention_mask is None:
-        return None
-    mask = attention_mask.bool()
-    if mask.dim() == 2:
-        mask = mask[:, None, :].expand(-1, num_queries, -1)
-    if mask.dim() == 4:
-        mask = mask[:, 0]
-    return nn.functional.pad(mask, (num_extra, 0), value=True).unsqueeze(1)
-
-
 class GiddModel(GiddPreTrainedModel):
     """Embedding, layers and final norm."""
 
@@ -291,11 +227,24 @@ class GiddModel(GiddPreTrainedModel):
         prefix: KeyValues | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> GiddModelOutput | tuple:
         """`prefix` are the `key_values` of an earlier call, which come before these positions."""
         del kwargs
+        output_hidden_states, output_attentions = (
+            getattr(self.config, name, False) if given is None else given
+            for name, given in (
+                ("output_hidden_states", output_hidden_states),
+                ("output_attentions", output_attentions),
+            )
+        )
+        if output_attentions and self.config.attn_performer != "eager":
+            raise ValueError(
+                f"output_attentions: attn_performer is {self.config.attn_performer!r}, which does "
+                "not compute probabilities; use 'eager'."
+            )
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         num_extra = int(self.config.attention_bias)
         num_past = prefix[0][0].shape[2] - num_extra if prefix else 0
@@ -305,14 +254,17 @@ class GiddModel(GiddPreTrainedModel):
         if self.config.is_causal:
             mask = self._causal(mask, x.shape[1], num_past, num_extra, x.device)
         angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
-        all_hidden, key_values = [x], []
+        all_hidden, key_values, all_probs = [x], [], []
         for index, layer in enumerate(self.layers):
-            x, new = layer(x, angles, mask, prefix[index] if prefix else None)
+            past = prefix[index] if prefix else None
+            x, new, probs = layer(x, angles, mask, past, with_probs=bool(output_attentions))
             all_hidden.append(x)
             key_values.append(new)
+            all_probs.append(probs)
         output = GiddModelOutput(
             last_hidden_state=self.norm(x),
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
+            attentions=tuple(all_probs) if output_attentions else None,
             key_values=tuple(key_values),
         )
         return output if return_dict is not False else output.to_tuple()
@@ -376,6 +328,7 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput | tuple:
@@ -387,9 +340,12 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGenerationMixin):
         outputs = self.model(
             input_ids, attention_mask, position_ids,
             inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )  # fmt: skip
         output = CausalLMOutput(
-            logits=self.logits(outputs.last_hidden_state), hidden_states=outputs.hidden_states
+            logits=self.logits(outputs.last_hidden_state),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
         return output if return_dict is not False else output.to_tuple()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.hf import GiddConfig, GiddForDiffusionLM
-from megatron_ext.hf.generation_gidd import log_snr_grid
+from megatron_ext.hf.steps_gidd import log_snr_grid
 from megatron_ext.measure import Column, Report, Table, alternate, bench_parser
 
 COLUMNS = [

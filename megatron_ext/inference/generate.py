@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.hf.generation_gidd import HOLE, SamplingConfig, SpecialTokens, sample
+from megatron_ext.hf.sampling_gidd import HOLE, SpecialTokens, sample
+from megatron_ext.hf.steps_gidd import SamplingConfig
 from megatron_ext.inference.load import LoadedModel
 from megatron_ext.inference.trace import Trace
 

@@ -34,7 +34,7 @@ from megatron_ext.diffusion.noising import (
 )
 from megatron_ext.diffusion.random import Purpose, generator
 from megatron_ext.diffusion.schedule import MixingSchedule
-from megatron_ext.hf.generation_gidd import noise_from_uniform, uniforms
+from megatron_ext.hf.steps_gidd import noise_from_uniform, uniforms
 
 if TYPE_CHECKING:
     from megatron_ext.inference.scorers import Scorer

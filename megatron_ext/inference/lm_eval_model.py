@@ -26,7 +26,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from megatron_ext.config import ParallelConfig
-from megatron_ext.hf.generation_gidd import SamplingConfig, SpecialTokens, sample
+from megatron_ext.hf.sampling_gidd import SpecialTokens, sample
+from megatron_ext.hf.steps_gidd import SamplingConfig
 from megatron_ext.inference.likelihood import LikelihoodConfig, index_of, score
 from megatron_ext.inference.load import load_model
 from megatron_ext.inference.reports import (

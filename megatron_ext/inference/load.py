@@ -13,7 +13,8 @@ from megatron_ext.cli import load_config
 from megatron_ext.config import Config, ParallelConfig, require
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.diffusion.schedule import MixingSchedule
-from megatron_ext.hf.generation_gidd import CachedDenoiser, Denoiser
+from megatron_ext.hf.generation_gidd import CachedDenoiser
+from megatron_ext.hf.sampling_gidd import Denoiser
 from megatron_ext.inference.denoiser import TrainingDenoiser
 from megatron_ext.model.diffusion_model import DiffusionModel
 from megatron_ext.parallel.groups import (

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_ext.data.tokenizer import Tokenizer
     from megatron_ext.diffusion.schedule import MixingSchedule
-    from megatron_ext.hf.generation_gidd import Step
+    from megatron_ext.hf.sampling_gidd import Step
 
 FORMAT = "gidd-trace 1"
 

@@ -23,7 +23,9 @@ from megatron_ext.diffusion.noising import noise_for_validation, noise_sequence
 from megatron_ext.diffusion.random import Purpose, generator
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.diffusion.visibility import attention_mask_from_visibility
-from megatron_ext.hf.generation_gidd import CachedDenoiser, Denoiser, SamplingConfig, sample
+from megatron_ext.hf.generation_gidd import CachedDenoiser
+from megatron_ext.hf.sampling_gidd import Denoiser, sample
+from megatron_ext.hf.steps_gidd import SamplingConfig
 from megatron_ext.inference.denoiser import TrainingDenoiser
 from megatron_ext.kernels.gidd_loss import GiddLoss, gidd_loss
 from megatron_ext.model.diffusion_model import DiffusionModel, Targets

@@ -37,7 +37,7 @@ from megatron_ext.config import Config
 from megatron_ext.data.batches import BatchSource, RankPosition
 from megatron_ext.data.mock import MockDataset
 from megatron_ext.diffusion.visibility import attention_mask_from_visibility
-from megatron_ext.hf import GiddConfig, GiddForDiffusionLM
+from megatron_ext.hf import GiddConfig, GiddForDiffusionLM, modeling_gidd
 from megatron_ext.inference.verify import verify_conversion
 from megatron_ext.kernels.gidd_loss import gidd_loss
 from tests.checkpoint.continued import LAYOUTS, continue_at_layouts
@@ -126,10 +126,12 @@ def test_importing_and_exporting_returns_the_same_bits(published: Path, exported
 
 
 def test_an_exported_folder_loads_without_this_project(published: Path, exported: Path) -> None:
-    code = ("configuration_gidd", "modeling_gidd", "generation_gidd", "schedule_gidd")
-    for name in code:
-        path = exported / f"{name}.py"
-        assert path.is_file() and not path.is_symlink()
+    code = sorted(exported.glob("*.py"))
+    assert [path.name for path in code] == sorted(
+        path.name for path in Path(modeling_gidd.__file__).parent.glob("*_gidd.py")
+    )
+    for path in code:
+        assert not path.is_symlink()
         assert "megatron" not in "".join(
             line for line in path.read_text().splitlines() if "import" in line
         )
@@ -142,6 +144,10 @@ def test_an_exported_folder_loads_without_this_project(published: Path, exported
     options = {"max_length": 6, "steps": 4, "block_length": 4, "seed": 2}
     assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
     tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    assert (exported / "generation_config.json").is_file()
+    for name in ("bos", "eos", "pad"):
+        id = getattr(ours.generation_config, f"{name}_token_id")
+        assert id == getattr(tokenizer, f"{name}_token_id") is not None
     assert tokenizer.mask_token_id == 3 and tokenizer.convert_tokens_to_ids("w7") == 11
 
 

@@ -7,13 +7,8 @@ import pytest
 import torch
 
 from megatron_ext.diffusion.schedule import MixingSchedule
-from megatron_ext.hf.generation_gidd import (
-    SamplingConfig,
-    Step,
-    confidence_gain,
-    filtered_probs,
-    log_snr_grid,
-)
+from megatron_ext.hf.sampling_gidd import Step
+from megatron_ext.hf.steps_gidd import SamplingConfig, confidence_gain, filtered_probs, log_snr_grid
 from tests.hf.golden import arrays, generations, recorded_model
 
 
@@ -179,6 +174,12 @@ def test_special_ids_are_the_configurations_where_they_are_not_given() -> None:
     configured = model.generate(**options)
     assert torch.equal(configured, model.generate(**options, **own))
     assert configured[0, 0] == 90
+    model.generation_config.bos_token_id = 89
+    assert model.generate(**options)[0, 0] == 89
+    assert torch.equal(configured, model.generate(**options, **own))
+    model.generation_config.eos_token_id = [91, 94]
+    with pytest.raises(ValueError, match=r"eos_token_id .* is \[91, 94\]"):
+        model.generate(**options)
     published = recorded_model("A", noise_type=-1000.0).generate(**options)
     given = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "mask_token_id": 3}
     assert torch.equal(published, model.generate(**options, **given))

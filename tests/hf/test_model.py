@@ -39,6 +39,26 @@ def test_hidden_states_and_logits_are_the_recorded_ones(name: str, performer: st
             torch.testing.assert_close(got, torch.from_numpy(recorded[key]), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["full", "prompt"])
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_attention_probabilities_are_the_recorded_ones(name: str, kind: str) -> None:
+    recorded = arrays(f"model_{name}_io")
+    model = recorded_model(name)
+    ids, mask = (torch.from_numpy(recorded[key]) for key in ("input_ids", f"mask_{kind}"))
+    with torch.no_grad():
+        output = model(ids, mask, output_attentions=True)
+    probs = torch.stack(output.attentions)
+    assert probs.shape[-1] == ids.shape[1] + model.config.attention_bias
+    torch.testing.assert_close(
+        probs, torch.from_numpy(recorded[f"{kind}_attn_probs"]), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        output.logits, torch.from_numpy(recorded[f"{kind}_logits"]), atol=1e-4, rtol=0
+    )
+    with pytest.raises(ValueError, match="output_attentions: attn_performer is 'flex'"):
+        recorded_model(name, attn_performer="flex")(ids, mask, output_attentions=True)
+
+
 @pytest.mark.parametrize("name", ["A", "B"])
 def test_positions_and_bfloat16_follow_the_recorded_model(name: str) -> None:
     recorded = arrays(f"model_{name}_io")
@@ -88,15 +108,17 @@ def states_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def test_a_saved_folder_loads_with_remote_code_and_returns_the_same_bits(tmp_path: Path) -> None:
     model = recorded_model("A", noise_type=1000.0)
+    model.generation_config.eos_token_id = 95
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"configuration_gidd.py", "modeling_gidd.py", "generation_gidd.py"} <= names
-    assert {"schedule_gidd.py", "model.safetensors.index.json"} <= names
+    code = {path.name for path in Path(modeling_gidd.__file__).parent.glob("*_gidd.py")}
+    assert code | {"model.safetensors.index.json"} <= names
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_gidd.GiddForDiffusionLM"
     assert config["auto_map"]["AutoConfig"] == "configuration_gidd.GiddConfig"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
     assert type(loaded) is not GiddForDiffusionLM and type(loaded).__name__ == "GiddForDiffusionLM"
+    assert loaded.generation_config.eos_token_id == 95
     before, after = states_of(model), states_of(loaded)
     assert before.keys() == after.keys()
     for name, tensor in before.items():

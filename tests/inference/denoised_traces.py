@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.diffusion.schedule import MixingSchedule
-from megatron_ext.hf.generation_gidd import SamplingConfig, sample
+from megatron_ext.hf.sampling_gidd import sample
+from megatron_ext.hf.steps_gidd import SamplingConfig
 from megatron_ext.inference.trace import Trace
 
 MASK = 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.diffusion.schedule import MixingSchedule
-from megatron_ext.hf.generation_gidd import log_snr_grid
+from megatron_ext.hf.steps_gidd import log_snr_grid
 
 VOCABULARY, MASK = 4, 3
 LENGTH = 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ext.config import ParallelConfig
-from megatron_ext.hf.generation_gidd import SamplingConfig
+from megatron_ext.hf.steps_gidd import SamplingConfig
 from megatron_ext.inference.generate import HOLE_TEXT, generate
 from megatron_ext.inference.load import load_model
 from tests.distributed import run_ranks

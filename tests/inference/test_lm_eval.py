@@ -129,7 +129,8 @@ def expected(rank: int, folder: Path) -> dict[str, Any]:
     del rank
     from dataclasses import replace
 
-    from megatron_ext.hf.generation_gidd import SamplingConfig, sample
+    from megatron_ext.hf.sampling_gidd import sample
+    from megatron_ext.hf.steps_gidd import SamplingConfig
     from megatron_ext.inference.likelihood import LikelihoodConfig, index_of, score
     from megatron_ext.inference.load import load_model
     from megatron_ext.inference.reports import Edges, corpus_of_texts, encode_pair, score_pairs
@@ -185,7 +186,7 @@ def refusals(rank: int, folder: Path) -> list[str]:
     del rank
     from lm_eval.api.instance import Instance
 
-    from megatron_ext.hf.generation_gidd import SamplingConfig
+    from megatron_ext.hf.steps_gidd import SamplingConfig
     from megatron_ext.inference.lm_eval_model import GiddLM
 
     load = str(folder / "hf")

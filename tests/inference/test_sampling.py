@@ -8,16 +8,13 @@ import torch
 from scipy.stats import chisquare
 
 from megatron_ext.diffusion.schedule import MixingSchedule
-from megatron_ext.hf.generation_gidd import (
-    HOLE,
+from megatron_ext.hf.sampling_gidd import HOLE, SpecialTokens, Step, sample
+from megatron_ext.hf.steps_gidd import (
     SamplingConfig,
-    SpecialTokens,
-    Step,
     adaptive_step,
     draw,
     filtered_probs,
     noise_from_uniform,
-    sample,
 )
 from tests.inference.tables import LENGTH, MASK, VOCABULARY, TableDenoiser, exact_distribution
 
@@ -78,7 +75,7 @@ def _exact_reverse(data: np.ndarray, schedule: MixingSchedule, steps: int) -> np
     The ideal prediction for a token is its distribution given the *other* noised tokens: what the
     token itself shows enters through the posterior's formula.
     """
-    from megatron_ext.hf.generation_gidd import log_snr_grid
+    from megatron_ext.hf.steps_gidd import log_snr_grid
 
     states = torch.cartesian_prod(torch.arange(VOCABULARY), torch.arange(VOCABULARY))
     levels = log_snr_grid(schedule, steps, "cosine")

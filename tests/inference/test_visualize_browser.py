@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.hf.generation_gidd import SamplingConfig
+from megatron_ext.hf.steps_gidd import SamplingConfig
 from tests.inference.denoised_traces import HOSTILE, MASK, TEXTS
 from tests.inference.pages import Elements, page_of
 
