@@ -23,15 +23,8 @@ quickstart: $(INSTALLED)  ## Train a small model on real text, continue it at an
 test: $(INSTALLED)  ## Run the test suite
 	$(BIN)/python -m pytest
 
-test-transformers:  ## Test the exported model's code with the oldest and other versions of transformers
-	@set -e; for version in 4.53.3 4.57.6; do \
-	  environment=build/transformers-$$version; \
-	  test -x $$environment/bin/pytest || { $(PYTHON) -m venv $$environment; \
-	    $$environment/bin/pip install -q torch==2.13.0 transformers==$$version \
-	      numpy safetensors pytest scipy tqdm; }; \
-	  HF_MODULES_CACHE=$$(mktemp -d) $$environment/bin/python -m pytest -p no:cacheprovider \
-	    tests/hf/test_model.py tests/hf/test_generation.py; \
-	done
+test-transformers: $(INSTALLED)  ## Test the exported model's code with other versions of transformers
+	$(BIN)/python -m tests.hf.environments 4.53.3 4.57.6
 
 lint: $(INSTALLED)  ## Check style and formatting
 	$(BIN)/ruff check .
@@ -42,4 +35,4 @@ bench: $(INSTALLED)  ## Run all benches; writes their tables into docs/performan
 	$(BIN)/python -m megatron_ext.measure run
 
 clean:  ## Remove the environment and everything the quickstart made
-	rm -rf $(VENV) data/quickstart runs/quickstart
+	rm -rf $(VENV) build/transformers-* data/quickstart runs/quickstart
