@@ -21,9 +21,11 @@ def main() -> int:
         print(f"pretrain_diffusion.py: {error}", file=sys.stderr)
         return 2
 
+    from megatron_ext.parallel.cpu import keep_freed_memory
     from megatron_ext.parallel.groups import shutdown_parallel
     from megatron_ext.training.loop import train
 
+    keep_freed_memory()
     try:
         return train(config)
     except ValueError as error:

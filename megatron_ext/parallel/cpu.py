@@ -10,12 +10,16 @@ tensor, the state of a random-number tracker, a synchronisation before a point-t
 
 Call it before the first import of `megatron.core`: some modules bind the functions they need when
 they are imported. This is the only place of the project that patches anything.
+
+`keep_freed_memory` is the other thing a CPU wants, and a program's choice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -170,3 +174,29 @@ def enable_cpu() -> None:
     _enabled = True
     _patch_torch()
     _patch_megatron_random()
+
+
+_ALLOCATOR = {
+    # name in the environment: (number for mallopt, value)
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+    "MALLOC_TOP_PAD_": (-2, 64 << 20),
+    "MALLOC_MMAP_THRESHOLD_": (-3, 2**31 - 1),
+}
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that tensors free; whether this call brought it about.
+
+    glibc gives every large block back to the kernel when it is freed and gets it again, zeroed, a
+    page fault per 4 KiB, for the next tensor: that is a quarter of an FP32 training step on a CPU
+    and half of a BF16 one. Kept, resident memory stays near its peak, which grows by a tenth.
+
+    Does nothing where CUDA is available, where the C library is not glibc, and where the
+    environment has one of glibc's variables for it. For programs, not for libraries: it holds for
+    the whole process.
+    """
+    library = ctypes.CDLL(None)
+    is_chosen = any(name in os.environ for name in _ALLOCATOR)
+    if torch.cuda.is_available() or is_chosen or not hasattr(library, "mallopt"):
+        return False
+    return all([library.mallopt(*option) == 1 for option in _ALLOCATOR.values()])

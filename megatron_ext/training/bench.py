@@ -6,8 +6,10 @@
 those of `training.comparison`, so far as memory holds them beside each other. The floor is the
 model's FLOPs (forward and backward, head included) at the rate at which this machine multiplies
 the matrices of the step, measured in turn with the steps. MFU is the share of the rate of one
-large square product of the same type. Peak memory is what a step needs beyond weights, gradients
-and optimizer state, each way in a process of its own.
+large square product of the same type. Times are with freed memory kept, as the training program
+runs, and for the first model also with glibc's default. Peak memory is what a step needs beyond
+weights, gradients and optimizer state, each way in a process of its own, with freed memory given
+back.
 """
 
 from __future__ import annotations
@@ -248,13 +250,13 @@ def measure(
     peaks = {way: call(f"{MODULE}:memory_case", {"case": case, "way": way}) for way in case["ways"]}
     for allocator in allocators:
         found = call(f"{MODULE}:time_case", {"case": case}, allocator=allocator)
+        returned = "given back" if allocator == "default" else "kept"
         for row in found["rows"]:
-            peak = peaks.get(row["way"]) if allocator == "default" else None
-            returned = "given back" if allocator == "default" else "kept"
+            peak = peaks.get(row["way"])
             tables["step"].rows.append({**name, "allocator": returned, **row, "peak_bytes": peak})
-        if allocator == "default":
+        if allocator == allocators[0]:
             tables["input"].rows.append({**name, **found["input"]})
-    seconds = call(f"{MODULE}:profile_case", {"case": case})
+    seconds = call(f"{MODULE}:profile_case", {"case": case}, allocator=allocators[0])
     total = sum(seconds.values())
     shares = {group: value / total for group, value in seconds.items()}
     tables["profile"].rows.append({**name, "total_s": total, **shares})
@@ -275,10 +277,11 @@ def main() -> None:
     }
     for case in cases(arguments):
         # One size is enough to see what the allocator does.
-        both = not arguments.quick and case["model"] == arguments.models[0]
+        is_first = not arguments.quick and case["model"] == arguments.models[0]
+        allocators: list[Allocator] = ["kept", "default"] if is_first else ["kept"]
         # A tiny case is not worth a dozen processes.
         call = call_here if arguments.quick else call_in_child
-        measure(case, tables, ["default", "kept"] if both else ["default"], call)
+        measure(case, tables, allocators, call)
     Report("step", vars(arguments), list(tables.values())).finish(arguments.json)
 
 

@@ -23,6 +23,14 @@ def resident_after_free(num_bytes: int) -> int:
     return bytes_in("/proc/self/status", "VmRSS") - before
 
 
+def resident_after_free_kept(num_bytes: int) -> list[int]:
+    """The same for memory that the process was told to keep: 1 where it will, and the bytes."""
+    from megatron_ext.parallel.cpu import keep_freed_memory
+
+    will_keep = keep_freed_memory()
+    return [int(will_keep), resident_after_free(num_bytes)]
+
+
 def process_and_double(number: int) -> list[int]:
     print("a child may print")
     return [os.getpid(), 2 * number]

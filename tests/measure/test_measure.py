@@ -98,6 +98,15 @@ def test_the_kept_allocator_keeps_what_the_default_one_gives_back() -> None:
     assert kept > 120 * MEBIBYTE
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for CPUs only")
+def test_a_training_program_keeps_freed_memory_unless_the_environment_chooses() -> None:
+    target, case = f"{CHILDREN}:resident_after_free_kept", {"num_bytes": 128 * MEBIBYTE}
+    did_choose, resident = call_in_child(target, case)
+    assert did_choose and resident > 120 * MEBIBYTE
+    did_choose, resident = call_in_child(target, case, allocator="kept")
+    assert not did_choose
+
+
 def test_a_child_is_another_process_and_its_failure_is_an_error() -> None:
     process, doubled = call_in_child(f"{CHILDREN}:process_and_double", {"number": 21})
     assert process != os.getpid() and doubled == 42
