@@ -137,35 +137,43 @@ def products_of_step(model: ModelConfig, vocab_size: int, num_tokens: int) -> li
     return layers + linear_products(num_tokens, h, vocab_size)
 
 
-def bytes_needed(way: str, case: dict[str, Any]) -> int:
-    """Rough memory of a way: weights, gradients, optimizer state, and whole logits."""
+def bytes_needed(way: str, case: dict[str, Any]) -> tuple[int, int]:
+    """Rough memory of a way: what stays between its steps, and what a step needs beside that."""
     model = run_config(case).model
     logits = 4 * case["sequences"] * model.seq_length * case["vocab_size"]
     copies = {"hybrid": 1, "masked": 1, "modernbert": 4, "llama": 4}.get(way, 14)
-    return 18 * total_parameters(model, case["vocab_size"]) + copies * logits + 2**30
+    stays = 18 if way in OURS else 16
+    return stays * total_parameters(model, case["vocab_size"]), copies * logits + 2**30
 
 
-def ways_that_fit(case: dict[str, Any]) -> list[str]:
-    """As many of the ways as memory holds at the same time, in the order of `WAYS`."""
-    free = 0.8 * bytes_in("/proc/meminfo", "MemAvailable")
-    chosen = []
+def groups_that_fit(case: dict[str, Any], memory: float) -> list[list[str]]:
+    """The ways in groups that memory holds at the same time, `hybrid` first in each.
+
+    Ways of a group take turns, so that one step at a time needs memory. A way that does not fit
+    beside `hybrid` is left out.
+    """
+    groups: list[list[str]] = []
     for way in case["ways"]:
-        if bytes_needed(way, case) <= free:
-            chosen.append(way)
-            free -= bytes_needed(way, case)
-    return chosen
+        if way == "hybrid":
+            continue
+        for group in [*groups, ["hybrid"]]:
+            stays, steps = zip(*(bytes_needed(x, case) for x in [*group, way]), strict=True)
+            if sum(stays) + max(steps) <= memory:
+                if group not in groups:
+                    groups.append(group)
+                group.append(way)
+                break
+    return groups or [["hybrid"]]
 
 
 def time_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Times of the ways that fit, of the step's matrix products, and of preparing a batch."""
+    """Times of the case's ways, of the step's matrix products, and of preparing a batch."""
     config = run_config(case)
     num_tokens = case["sequences"] * config.model.seq_length
     dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
     products = products_of_step(config.model, case["vocab_size"], num_tokens)
     square = [MatrixProduct(case["square"], case["square"], case["square"])]
-    ways: dict[str, Callable[[], object]] = {
-        way: build_step(way, case)[0] for way in ways_that_fit(case)
-    }
+    ways: dict[str, Callable[[], object]] = {way: build_step(way, case)[0] for way in case["ways"]}
     ways |= {"products": multiply(products, dtype), "square": multiply(square, dtype)}
     source = source_of(config)
     ways["input"] = lambda: source.step(1)
@@ -173,22 +181,17 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
     flops = model_flops_per_token(config.model, case["vocab_size"]) * num_tokens
     floor = scaled(times["products"], flops / multiply_flops(products))
     peak = multiply_flops(square) / min(times["square"].seconds)
-    rows = []
-    for way in [*case["ways"], "floor"]:
-        timing = floor if way == "floor" else times.get(way)
-        if timing is None:
-            rows.append({"way": way})
-            continue
-        rows.append(
-            {
-                "way": way,
-                **timing.summary(),
-                "tokens_per_s": num_tokens / timing.median,
-                "times_floor": timing.relative_to(floor),
-                "times_hybrid": timing.relative_to(times["hybrid"]),
-                "mfu": flops / timing.median / peak,
-            }
-        )
+    rows = [
+        {
+            "way": way,
+            **timing.summary(),
+            "tokens_per_s": num_tokens / timing.median,
+            "times_floor": timing.relative_to(floor),
+            "times_hybrid": timing.relative_to(times["hybrid"]),
+            "mfu": flops / timing.median / peak,
+        }
+        for way, timing in [*((way, times[way]) for way in case["ways"]), ("floor", floor)]
+    ]
     share = times["input"].relative_to(times["hybrid"])
     return {
         "rows": rows,
@@ -204,7 +207,7 @@ def scaled(timing: Timing, factor: float) -> Timing:
 
 def memory_case(case: dict[str, Any], way: str) -> int | None:
     """Peak bytes of a second step beyond weights, gradients and optimizer state, if it fits."""
-    if bytes_needed(way, case) > 0.9 * bytes_in("/proc/meminfo", "MemAvailable"):
+    if sum(bytes_needed(way, case)) > 0.9 * bytes_in("/proc/meminfo", "MemAvailable"):
         return None
     step, gradients = build_step(way, case)
     step()
@@ -239,6 +242,21 @@ def cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def time_in_groups(
+    case: dict[str, Any], allocator: Allocator, call: Callable[..., Any]
+) -> dict[str, Any]:
+    """`time_case` in as many processes as memory demands; of what repeats, the first counts."""
+    free = 0.85 * bytes_in("/proc/meminfo", "MemAvailable")
+    rows: dict[str, dict[str, Any]] = {}
+    results = []
+    for group in groups_that_fit(case, free):
+        arguments = {"case": {**case, "ways": group}}
+        results.append(call(f"{MODULE}:time_case", arguments, allocator=allocator))
+        for row in results[-1]["rows"]:
+            rows.setdefault(row["way"], row)
+    return {**results[0], "rows": rows}
+
+
 def measure(
     case: dict[str, Any],
     tables: dict[str, Table],
@@ -249,11 +267,11 @@ def measure(
     name = {key: case[key] for key in ("model", "vocab_size", "precision")}
     peaks = {way: call(f"{MODULE}:memory_case", {"case": case, "way": way}) for way in case["ways"]}
     for allocator in allocators:
-        found = call(f"{MODULE}:time_case", {"case": case}, allocator=allocator)
+        found = time_in_groups(case, allocator, call)
         returned = "given back" if allocator == "default" else "kept"
-        for row in found["rows"]:
-            peak = peaks.get(row["way"])
-            tables["step"].rows.append({**name, "allocator": returned, **row, "peak_bytes": peak})
+        for way in [*case["ways"], "floor"]:
+            row = {**name, "allocator": returned, "way": way, "peak_bytes": peaks.get(way)}
+            tables["step"].rows.append(row | found["rows"].get(way, {}))
         if allocator == allocators[0]:
             tables["input"].rows.append({**name, **found["input"]})
     seconds = call(f"{MODULE}:profile_case", {"case": case}, allocator=allocators[0])

@@ -57,5 +57,22 @@ def test_the_floor_counts_every_product_of_the_dense_step_but_those_of_attention
     assert counted.get_total_flops() == multiply_flops(products) + attention
 
 
+def test_groups_hold_what_fits_beside_the_hybrid_step_and_no_more() -> None:
+    case = _case(ways=list(bench.WAYS), vocab_size=2**16)
+    needed = {way: bench.bytes_needed(way, case) for way in bench.WAYS}
+
+    def memory(*ways: str) -> int:
+        return sum(needed[way][0] for way in ways) + max(needed[way][1] for way in ways)
+
+    everything = memory(*bench.WAYS)
+    assert bench.groups_that_fit(case, everything) == [list(bench.WAYS)]
+    for limit in (memory("hybrid", "dense"), memory("hybrid", "llama"), memory("hybrid")):
+        groups = bench.groups_that_fit(case, limit)
+        assert all(group[0] == "hybrid" and memory(*group) <= limit for group in groups)
+        placed = [way for group in groups for way in group[1:]]
+        fitting = [x for x in bench.WAYS if x != "hybrid" and memory("hybrid", x) <= limit]
+        assert sorted(placed) == sorted(fitting)
+
+
 def test_every_way_can_be_asked_for() -> None:
     assert set(bench.WAYS) == {"hybrid", "masked", *get_args(Rival)}
