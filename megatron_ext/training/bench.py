@@ -7,7 +7,7 @@ those of `training.comparison`, so far as memory holds them beside each other. T
 model's FLOPs (forward and backward, head included) at the rate at which this machine multiplies
 the matrices of the step, measured in turn with the steps. MFU is the share of the rate of one
 large square product of the same type. Times are with freed memory kept, as the training program
-runs, and for the first model also with glibc's default. Peak memory is what a step needs beyond
+runs, and for the first size also with glibc's default. Peak memory is what a step needs beyond
 weights, gradients and optimizer state, each way in a process of its own, with freed memory given
 back.
 """
@@ -230,7 +230,7 @@ def cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         ways = [x for x in WAYS if x != "dense, compiled loss"]
         shape = {"model": "tiny", "shape": QUICK_MODEL, "vocab_size": 512, "ways": ways}
         return [{**shape, **shared, "precision": "bf16"}]
-    shared = {"sequences": SEQUENCES, "repetitions": 7, "max_seconds": 150, "square": 4096}
+    shared = {"sequences": SEQUENCES, "repetitions": 7, "max_seconds": 60, "square": 4096}
     return [
         {
             "model": name, "shape": {**MODEL_PRESETS[name], **SHAPE}, "ways": list(WAYS),
@@ -295,7 +295,8 @@ def main() -> None:
     }
     for case in cases(arguments):
         # One size is enough to see what the allocator does.
-        is_first = not arguments.quick and case["model"] == arguments.models[0]
+        sizes = (arguments.models[0], arguments.vocab_sizes[0])
+        is_first = (case["model"], case["vocab_size"]) == sizes
         allocators: list[Allocator] = ["kept", "default"] if is_first else ["kept"]
         # A tiny case is not worth a dozen processes.
         call = call_here if arguments.quick else call_in_child
