@@ -11,7 +11,13 @@ Every bench is a module `bench*.py` beside what it measures, prints tables and w
 """
 
 from megatron_ext.measure.machine import describe_machine, format_machine
-from megatron_ext.measure.matrices import MatrixProduct, linear_products, multiply, multiply_flops
+from megatron_ext.measure.matrices import (
+    MatrixProduct,
+    linear_products,
+    multiply,
+    multiply_elements,
+    multiply_flops,
+)
 from megatron_ext.measure.memory import Allocator, call_here, call_in_child, peak_memory
 from megatron_ext.measure.report import Column, Report, Table, bench_parser, render
 from megatron_ext.measure.timing import Timing, alternate
@@ -31,6 +37,7 @@ __all__ = [
     "format_machine",
     "linear_products",
     "multiply",
+    "multiply_elements",
     "multiply_flops",
     "peak_memory",
     "render",

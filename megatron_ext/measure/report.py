@@ -85,8 +85,12 @@ class Report:
         for table in self.tables:
             print(f"\n{table.plain()}", flush=True)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n")
+            self.write(path)
+
+    def write(self, path: Path) -> None:
+        """The JSON file; a long bench may write it again after every case."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Report:

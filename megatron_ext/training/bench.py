@@ -39,6 +39,7 @@ from megatron_ext.measure import (
     call_in_child,
     linear_products,
     multiply,
+    multiply_elements,
     multiply_flops,
     peak_memory,
 )
@@ -68,6 +69,7 @@ STEP_COLUMNS = [
     Column("upper_quartile_s", "upper quartile", ".3g"),
     Column("tokens_per_s", "tokens/s", ",.0f"),
     Column("times_floor", "time / floor", ".2f"),
+    Column("times_floor_fp32", "time / FP32 floor", ".2f"),
     Column("times_hybrid", "time / hybrid", ".2f"),
     Column("mfu", "MFU %", ".0f", 100),
     Column("peak_bytes", "memory, MiB", ",.0f", 2**-20),
@@ -175,11 +177,15 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
     square = [MatrixProduct(case["square"], case["square"], case["square"])]
     ways: dict[str, Callable[[], object]] = {way: build_step(way, case)[0] for way in case["ways"]}
     ways |= {"products": multiply(products, dtype), "square": multiply(square, dtype)}
+    if dtype != torch.float32:
+        ways["products, fp32"] = multiply(products, torch.float32)
     source = source_of(config)
     ways["input"] = lambda: source.step(1)
     times = alternate(ways, case["repetitions"], max_seconds=case["max_seconds"])
     flops = model_flops_per_token(config.model, case["vocab_size"]) * num_tokens
-    floor = scaled(times["products"], flops / multiply_flops(products))
+    all_flops = flops / multiply_flops(products)
+    floor = scaled(times["products"], all_flops)
+    floor_fp32 = scaled(times.get("products, fp32", times["products"]), all_flops)
     peak = multiply_flops(square) / min(times["square"].seconds)
     rows = [
         {
@@ -187,6 +193,7 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
             **timing.summary(),
             "tokens_per_s": num_tokens / timing.median,
             "times_floor": timing.relative_to(floor),
+            "times_floor_fp32": timing.relative_to(floor_fp32),
             "times_hybrid": timing.relative_to(times["hybrid"]),
             "mfu": flops / timing.median / peak,
         }
@@ -246,7 +253,12 @@ def time_in_groups(
     case: dict[str, Any], allocator: Allocator, call: Callable[..., Any]
 ) -> dict[str, Any]:
     """`time_case` in as many processes as memory demands; of what repeats, the first counts."""
-    free = 0.85 * bytes_in("/proc/meminfo", "MemAvailable")
+    model = run_config(case).model
+    num_tokens = case["sequences"] * model.seq_length
+    products = products_of_step(model, case["vocab_size"], num_tokens)
+    # In both types, if the case is in BF16.
+    held = (6 if case["precision"] == "bf16" else 4) * multiply_elements(products)
+    free = 0.85 * bytes_in("/proc/meminfo", "MemAvailable") - held
     rows: dict[str, dict[str, Any]] = {}
     results = []
     for group in groups_that_fit(case, free):
@@ -293,6 +305,7 @@ def main() -> None:
         "profile": Table("Where the time of the hybrid step goes", PROFILE_COLUMNS),
         "input": Table("Input pipeline, one thread, not overlapped", INPUT_COLUMNS),
     }
+    report = Report("step", vars(arguments), list(tables.values()))
     for case in cases(arguments):
         # One size is enough to see what the allocator does.
         sizes = (arguments.models[0], arguments.vocab_sizes[0])
@@ -301,7 +314,9 @@ def main() -> None:
         # A tiny case is not worth a dozen processes.
         call = call_here if arguments.quick else call_in_child
         measure(case, tables, allocators, call)
-    Report("step", vars(arguments), list(tables.values())).finish(arguments.json)
+        if arguments.json is not None:
+            report.write(arguments.json)
+    report.finish(arguments.json)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from megatron_ext.measure import (
     format_machine,
     linear_products,
     multiply,
+    multiply_elements,
     multiply_flops,
     peak_memory,
     render,
@@ -132,9 +133,17 @@ def test_products_of_a_linear_layer_are_those_of_its_forward_and_backward() -> N
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("right", [False, True])
 def test_operands_have_the_products_shape_however_they_are_stored(left: bool, right: bool) -> None:
-    a, b = MatrixProduct(2, 3, 4, left, right).operands(torch.float32)
+    product = MatrixProduct(2, 3, 4, left, right)
+    a, b = product.operands(*(torch.randn(shape) for shape in product.stored_shapes))
     assert (a @ b).shape == (2, 3)
     assert a.is_contiguous() is not left and b.is_contiguous() is not right
+
+
+def test_the_products_of_a_linear_layer_share_what_they_read() -> None:
+    """Input, weight and gradient of the output are read, and one of each is written."""
+    num_tokens, width_in, width_out = 6, 5, 7
+    each = num_tokens * width_in + width_in * width_out + num_tokens * width_out
+    assert multiply_elements(linear_products(num_tokens, width_in, width_out)) == 2 * each
 
 
 def _report(name: str, ratio: float | None) -> Report:
