@@ -381,8 +381,9 @@ class PrecisionConfig:
     bfloat16."""
     accumulate_allreduce_grads_in_fp32: bool = True
     """Accumulate and reduce gradients in float32."""
-    loss_impl: Literal["auto", "reference", "chunked"] = "auto"
-    """Implementation of the loss; auto is the fastest that is exact here."""
+    loss_impl: Literal["auto", "reference", "chunked", "compiled", "triton"] = "auto"
+    """Implementation of the loss: dense by definition, or its passes over the vocabulary in plain
+    torch, compiled by torch, or as GPU kernels; auto is the fastest that runs here."""
     loss_chunk_size: int | None = None
     """Tokens whose logits exist at a time; chosen from the vocabulary when absent."""
 

@@ -48,6 +48,8 @@ class MicroBatch(NamedTuple):
     """[b, s_local] float32."""
     loss_mask: Tensor
     """[b, s_local] bool, positions in the loss."""
+    projected: Tensor
+    """[k] int64, positions whose loss may be other than zero, as indices of [s_local, b]."""
 
     def to(self, device: torch.device) -> MicroBatch:
         return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -130,12 +132,19 @@ class BatchSource:
         )
         local = x0.shape[1] // self.position.cp_size
         piece = slice(self.position.cp_rank * local, (self.position.cp_rank + 1) * local)
+        input_ids, loss_mask = xt[:, piece].contiguous(), noise_mask[:, piece].contiguous()
+        may_cost = loss_mask
+        if self.schedule.is_mask_only and not self._is_causal:
+            # Masked noise gives a token that was left as it is no weight.
+            may_cost = loss_mask & (input_ids == self.schedule.mask_token_id)
         return MicroBatch(
-            input_ids=xt[:, piece].contiguous(),
+            input_ids=input_ids,
             visibility=visibility,
             x0=x0[:, piece].contiguous(),
             log_snr=log_snr[:, piece].contiguous(),
-            loss_mask=noise_mask[:, piece].contiguous(),
+            loss_mask=loss_mask,
+            # Made here, where it costs a GPU no synchronisation.
+            projected=may_cost.t().reshape(-1).nonzero().squeeze(-1),
         )
 
 

@@ -1,57 +1,20 @@
 """Next-token cross-entropy fused with the output head, vocabulary-parallel, in chunks of tokens.
 
-The autoregressive baseline's loss on the same machinery as the diffusion loss: logits exist for a
-chunk at a time, forward and (computed again) backward. Collectives over tp per chunk of n tokens:
-an all-gather of 2n floats forward.
+The autoregressive baseline's loss on the diffusion loss's machinery and implementations, without
+the tail's sums. Collectives over tp per chunk of n tokens: an all-gather of 2n floats forward.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from megatron_ext.diffusion.objective import work_dtype
-from megatron_ext.kernels.gidd_loss.chunked import chunks, head_backward, head_logits
-from megatron_ext.kernels.vocab_parallel import VocabSlice, tokens_per_chunk
+from megatron_ext.kernels.vocabulary.passes import Implementation, choose, passes_of
+from megatron_ext.kernels.vocabulary.projection import HeadOptions, TokenLoss, loss_of_hidden
+from megatron_ext.kernels.vocabulary.split_softmax import Gradient, SplitSoftmax, VocabSlice
 
 IGNORED = -1
 """Target of a position without loss."""
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden, weight, targets, vocab, options):  # type: ignore[no-untyped-def]
-        scale, chunk_size, ctx.sum_hidden = options
-        ctx.size = tokens_per_chunk(vocab.width, chunk_size)
-        exact = work_dtype(hidden)
-        lse, nll = hidden.new_empty((2, len(targets)), dtype=exact)
-        for part in chunks(len(targets), ctx.size):
-            logits = head_logits(hidden[part], weight, scale, vocab)
-            lse[part], picked = vocab.log_sum_exp_and_picked(logits, [targets[part]])
-            nll[part] = torch.where(targets[part] == IGNORED, 0.0, lse[part] - picked[0])
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.vocab, ctx.scale = vocab, scale
-        return nll
-
-    @staticmethod
-    def backward(ctx: Any, upstream):  # type: ignore[no-untyped-def]
-        hidden, weight, targets, lse = ctx.saved_tensors
-        vocab = ctx.vocab
-        upstream = torch.where(targets == IGNORED, 0.0, upstream)
-
-        def rows_of(part: slice) -> Tensor:
-            logits = head_logits(hidden[part], weight, ctx.scale, vocab)
-            rows = logits.sub_(lse[part].unsqueeze(-1)).exp_().mul_(upstream[part].unsqueeze(-1))
-            column, here = vocab.local(targets[part])
-            addend = torch.where(here, -upstream[part], 0.0)
-            return rows.scatter_add_(-1, column.unsqueeze(-1), addend.unsqueeze(-1))
-
-        grads = head_backward(hidden, weight, rows_of, ctx.scale, ctx.size)
-        if ctx.sum_hidden:
-            vocab.sum_(grads[0])
-        return *grads, None, None, None
 
 
 def linear_cross_entropy(
@@ -64,13 +27,30 @@ def linear_cross_entropy(
     excluded_id: int | None = None,
     tp_group: torch.distributed.ProcessGroup | None = None,
     chunk_size: int | None = None,
+    summed: bool = False,
     partial_hidden_grad: bool = False,
+    impl: Implementation = "auto",
 ) -> Tensor:
     """Negative log-likelihood [n] in nats of `targets` [n] int64 (-1: no loss).
 
     `hidden` [n, h] same on tp, `weight` [v_padded/tp, h] split on tp; both differentiable. The
-    probability of `excluded_id` and of padding columns is zero.
+    probability of `excluded_id` and of padding columns is zero. `summed`, `partial_hidden_grad`
+    and `impl` as in `linear_gidd_loss`; there is no `reference`, torch's cross-entropy is that.
     """
-    vocab = VocabSlice.of(weight.shape[0], vocab_size, excluded_id, tp_group)
-    options = (logit_scale, chunk_size, not partial_hidden_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab, options)
+    impl = choose(impl, hidden.device, hidden.dtype, vocab_size)
+    vocab = VocabSlice.of(len(weight), vocab_size, excluded_id, tp_group)
+    softmax = SplitSoftmax.of(
+        vocab, passes_of("chunked" if impl == "reference" else impl), hidden, logit_scale
+    )
+
+    def evaluate(rows: Tensor, part: slice) -> tuple[tuple[Tensor], Gradient]:
+        in_loss = targets[part] != IGNORED
+        lse, (logit,) = softmax.log_sum_exp_and_picked(rows, [targets[part]])
+        nll = torch.where(in_loss, lse - logit, 0.0)
+        at_target = torch.where(in_loss, torch.expm1(-nll), 0.0)
+        return (nll,), Gradient(lse, in_loss.to(lse.dtype), at_target, at_target)
+
+    loss = TokenLoss(softmax, (targets, targets), evaluate)
+    options = HeadOptions(chunk_size, summed, not partial_hidden_grad)
+    (nll,) = loss_of_hidden(hidden, weight, loss, options)
+    return nll

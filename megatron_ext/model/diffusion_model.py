@@ -51,6 +51,9 @@ class Targets(NamedTuple):
     """Noised token ids."""
     log_snr: Tensor
     """Noise level per position, float32."""
+    summed: Tensor | None = None
+    """[k] int64 positions, as indices of [s/cp, b] flattened, whose losses the caller adds up with
+    one factor; the others are neither projected to the vocabulary nor have a loss."""
 
 
 class OutputHead(MegatronModule):
@@ -95,8 +98,15 @@ class OutputHead(MegatronModule):
         rows = hidden.reshape(positions * batch, -1)
         if targets is None:
             return self._logits(rows).unflatten(0, (positions, batch)).transpose(0, 1)
-        flat = Targets(*(x.t().reshape(-1) for x in targets))
-        losses = self._cross_entropy(rows, flat) if self._is_causal else self._gidd(rows, flat)
+        flat = [x.t().reshape(-1) for x in targets[:3]]
+        chosen = targets.summed
+        if chosen is not None:
+            rows, *flat = (x.index_select(0, chosen) for x in (rows, *flat))
+        losses = (self._cross_entropy if self._is_causal else self._gidd)(
+            rows, Targets(*flat, chosen)
+        )
+        if chosen is not None:
+            losses = [x.new_zeros(positions * batch).index_copy(0, chosen, x) for x in losses]
         return GiddLoss(*(x.unflatten(0, (positions, batch)).t() for x in losses))
 
     @property
@@ -118,6 +128,7 @@ class OutputHead(MegatronModule):
             tp_group=self.tp_group,
             beta_is=self.settings.diffusion.beta_is,
             chunk_size=precision.loss_chunk_size,
+            summed=targets.summed is not None,
             partial_hidden_grad=True,
             impl=precision.loss_impl,
         )  # fmt: skip
@@ -129,7 +140,9 @@ class OutputHead(MegatronModule):
             excluded_id=self.schedule.mask_token_id,
             tp_group=self.tp_group,
             chunk_size=self.settings.precision.loss_chunk_size,
+            summed=targets.summed is not None,
             partial_hidden_grad=True,
+            impl=self.settings.precision.loss_impl,
         )  # fmt: skip
         value = nll.detach()
         return GiddLoss(nll, value, value, torch.zeros_like(value))

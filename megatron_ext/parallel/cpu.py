@@ -44,6 +44,9 @@ def _patch(owner: Any, name: str, replacement: Callable) -> None:
 
     @functools.wraps(original)
     def scoped(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # A compiler that traces the caller cannot look at its frames.
+            return original(*args, **kwargs)
         function = replacement if _called_from_megatron() else original
         return function(*args, **kwargs)
 

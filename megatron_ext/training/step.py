@@ -99,7 +99,7 @@ def forward_step(
 ) -> tuple[Any, Any]:
     """megatron-core's contract: the stage's output and the function that turns it into a loss."""
     batch = next(iterator).to(device)
-    targets = Targets(batch.x0, batch.input_ids, batch.log_snr)
+    targets = Targets(batch.x0, batch.input_ids, batch.log_snr, batch.projected)
     return model(batch.input_ids, batch.visibility, targets), partial(_loss_function, batch, config)
 
 

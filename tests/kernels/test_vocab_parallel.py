@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ext.diffusion import MixingSchedule, dense_gidd_loss
 from megatron_ext.kernels.cross_entropy import linear_cross_entropy
 from megatron_ext.kernels.gidd_loss import gidd_loss, linear_gidd_loss
-from megatron_ext.kernels.vocab_parallel import VocabSlice
+from megatron_ext.kernels.vocabulary.split_softmax import VocabSlice
 from tests.distributed import run_ranks
 from tests.kernels.samples import MASK_ID, Tokens, draw_normal, draw_tokens
 
