@@ -31,7 +31,6 @@ lint: $(INSTALLED)  ## Check style and formatting
 	$(BIN)/ruff format --check .
 
 bench: $(INSTALLED)  ## Run all benches; writes their tables into docs/performance.md
-	$(BIN)/python -m megatron_ext.kernels.gidd_loss.bench
 	$(BIN)/python -m megatron_ext.measure run
 
 clean:  ## Remove the environment and everything the quickstart made

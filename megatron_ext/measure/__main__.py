@@ -16,19 +16,16 @@ from megatron_ext.measure.memory import answer_call
 from megatron_ext.measure.report import render
 
 PACKAGE = Path(__file__).parents[1]
-OTHER_FORMAT = {"megatron_ext.kernels.gidd_loss.bench"}
-"""Benches that write no `Report`."""
 
 
 def find_benches() -> list[str]:
     """Modules of the package called bench or bench_*, in alphabetical order."""
     files = sorted(PACKAGE.rglob("bench*.py"))
-    modules = [
+    return [
         ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
         for file in files
         if file.stem.split("_")[0] == "bench"
     ]
-    return [module for module in modules if module not in OTHER_FORMAT]
 
 
 def run_bench(module: str, results: Path, *, quick: bool) -> Path:

@@ -100,9 +100,9 @@ class _OfHidden(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.loss, ctx.options = loss, options
         ctx.is_made = options.summed and any(ctx.needs_input_grad[:2])
-        grads = _HeadGradients(hidden, weight) if ctx.is_made else None
+        grads = HeadGradients(hidden, weight) if ctx.is_made else None
         values, gradients = [], []
-        for part, rows in _chunks_of_logits(hidden, weight, options.chunk_size):
+        for part, rows in chunks_of_logits(hidden, weight, options.chunk_size):
             value, gradient = loss.evaluate(rows, part)
             values.append(value)
             if grads is not None:
@@ -134,22 +134,22 @@ def _scaled(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
         "the losses were announced as summed, but their gradients differ",
     )
     factor = upstream[:1].sum()
-    hidden, weight = ctx.saved_tensors
-    return hidden * factor.to(hidden.dtype), weight * factor.to(weight.dtype)
+    # In place: a second backward pass through this node raises, as autograd sees the change.
+    return tuple(grad.mul_(factor.to(grad.dtype)) for grad in ctx.saved_tensors)  # type: ignore[return-value]
 
 
 def _made_again(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
     hidden, weight, *fields = ctx.saved_tensors
     gradient, loss = Gradient(*fields), ctx.loss
-    grads = _HeadGradients(hidden, weight)
-    for part, rows in _chunks_of_logits(hidden, weight, ctx.options.chunk_size):
+    grads = HeadGradients(hidden, weight)
+    for part, rows in chunks_of_logits(hidden, weight, ctx.options.chunk_size):
         of_part = Gradient(*(None if x is None else x[part] for x in gradient))
         loss.write_gradient(rows, rows, of_part, part, upstream[part])
         grads.add(rows, part)
     return grads.finished()
 
 
-def _chunks_of_logits(
+def chunks_of_logits(
     hidden: Tensor, weight: Tensor, chunk_size: int | None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Unscaled logits of consecutive tokens, in one buffer; one chunk where there is no token."""
@@ -161,7 +161,7 @@ def _chunks_of_logits(
         yield part, torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - first])
 
 
-class _HeadGradients:
+class HeadGradients:
     """Gradients of hidden (partial on tp) and weight from chunks of logit gradients.
 
     The weight's accumulates in float32 in place. Matrix products of lower precision round a
