@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Triton decides when it is first imported whether its kernels run in the interpreter.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

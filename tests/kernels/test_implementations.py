@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,12 +32,6 @@ from tests.kernels.samples import (
 IMPLEMENTATIONS = ["chunked", "compiled", "triton"]
 DTYPES = [torch.float32, torch.bfloat16]
 SHIFTS = [-1000.0, 0.0, 1000.0]
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return
 
 
 def _of_logits(logits: Tensor, tokens: Tokens, schedule: MixingSchedule, impl: Any) -> list[Tensor]:
