@@ -71,9 +71,11 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
                 f"config.json: {name} is {known[name]!r}: this model supports {choices} only."
             )
     rotary = known.get("rope_parameters") or {}
-    if rotary.get("rope_type", "default") != "default":
+    theta = known["rope_theta"]
+    if rotary.get("rope_type", "default") != "default" or rotary.get("rope_theta", theta) != theta:
         raise ValueError(
-            f"config.json: rope_parameters is {rotary!r}: this model has plain rotary embedding."
+            f"config.json: rope_parameters is {rotary!r} and rope_theta {theta!r}: this model "
+            "computes rotary positions from rope_theta alone."
         )
     heads = known["num_attention_heads"]
     shared = known.get("num_key_value_heads")

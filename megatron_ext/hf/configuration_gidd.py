@@ -68,7 +68,11 @@ class GiddConfig(PretrainedConfig):
         self.weight_scaling = weight_scaling
         self.head_scaling = head_scaling
         self.rope_theta = rope_theta
-        self.rope_scaling = rope_scaling
+        # transformers 5 calls it `rope_parameters` and warns where the old name is assigned.
+        if hasattr(PretrainedConfig, "rope_scaling"):
+            self.rope_parameters = rope_scaling
+        else:
+            self.rope_scaling = rope_scaling
         self.attention_bias = attention_bias
         self.mlp_bias = mlp_bias
         self.attn_performer = attn_performer

@@ -214,6 +214,13 @@ class GiddModel(GiddPreTrainedModel):
             raise ValueError(
                 f"attn_performer is {config.attn_performer!r}: choose from {', '.join(ATTENTION)}."
             )
+        rotary = config.rope_scaling or {}
+        kind = rotary.get("rope_type", rotary.get("type", "default"))
+        if kind != "default" or rotary.get("rope_theta", config.rope_theta) != config.rope_theta:
+            raise ValueError(
+                f"rope_scaling is {rotary} and rope_theta {config.rope_theta}: positions are "
+                "rotated by rope_theta alone."
+            )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GiddLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = GiddRMSNorm(config.hidden_size, config.rms_norm_eps)

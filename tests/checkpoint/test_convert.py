@@ -351,6 +351,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: change_field(folder, rope_parameters={"rope_type": "yarn"}),
         "rope_parameters",
     ),
+    "rotary_base": (
+        lambda folder: change_field(folder, rope_parameters={"rope_theta": 5e5}),
+        r"rope_parameters is {'rope_theta': 500000.0} and rope_theta 10000",
+    ),
     "noise": (lambda folder: change_field(folder, noise_type="masked"), "a noise"),
     "vocabulary": (
         lambda folder: change_field(folder, vocab_size=60),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -179,12 +180,22 @@ def test_defaults_are_the_published_ones() -> None:
     assert {key: getattr(config, key) for key in expected} == expected
 
 
+def test_configurations_are_made_written_and_read_without_a_warning(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GiddConfig(rope_theta=5e5).save_pretrained(tmp_path)
+        assert GiddConfig.from_pretrained(tmp_path).rope_theta == 5e5
+
+
 def test_an_unsupported_mode_is_refused_by_name() -> None:
     small = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9}
     with pytest.raises(ValueError, match="weight_scaling"):
         GiddForDiffusionLM(GiddConfig(**small))
     with pytest.raises(ValueError, match="attn_performer"):
         GiddForDiffusionLM(GiddConfig(**small, weight_scaling=1.0, attn_performer="fast"))
+    for scaling in ({"rope_type": "linear", "factor": 2.0}, {"rope_theta": 5e5}):
+        with pytest.raises(ValueError, match=r"rope_scaling is \{.* and rope_theta 10000"):
+            GiddForDiffusionLM(GiddConfig(**small, weight_scaling=1.0, rope_scaling=scaling))
     with pytest.raises(ValueError, match="labels"):
         model = GiddForDiffusionLM(GiddConfig(**small, weight_scaling=1.0))
         model(torch.zeros(1, 3, dtype=torch.int64), labels=torch.zeros(1, 3))
