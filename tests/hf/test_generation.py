@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chi2
 
 from megatron_ext.diffusion.schedule import MixingSchedule
+from megatron_ext.hf import GiddForDiffusionLM
 from megatron_ext.hf.sampling_gidd import Step
-from megatron_ext.hf.steps_gidd import SamplingConfig, confidence_gain, filtered_probs, log_snr_grid
+from megatron_ext.hf.steps_gidd import (
+    SamplingConfig,
+    ancestral_step,
+    confidence_gain,
+    filtered_probs,
+    log_snr_grid,
+    uniforms,
+)
 from tests.hf.golden import arrays, generations, recorded_model
 
 
@@ -117,6 +128,59 @@ def test_the_posterior_is_the_recorded_one() -> None:
             torch.testing.assert_close(
                 got, torch.from_numpy(recorded[key + kind]), atol=1e-5, rtol=0
             )
+
+
+def test_ancestral_draws_follow_the_recorded_probabilities() -> None:
+    """The step draws from the posterior as a mixture, without ever holding it."""
+    recorded, copies = arrays("sampling_steps"), 4000
+    names = [name for name in recorded if name.startswith("a") and name.endswith("_p_hf")]
+    p_values = []
+    for number, name in enumerate(names):
+        key = name.removesuffix("p_hf")
+        schedule = MixingSchedule(97, 3, float(recorded[key + "shift"]))
+        logits = torch.from_numpy(recorded[key + "logits"])[0].clone()
+        logits[..., 3] = -torch.inf
+        ids = torch.from_numpy(recorded[key + "z"])[0].long()
+        new = ancestral_step(
+            logits.repeat(copies, 1), ids.repeat(copies), schedule,
+            (float(recorded[key + "log_snr_t"]), float(recorded[key + "log_snr_s"])),
+            uniforms(number, 0, 0, (copies * len(ids), 3)), SamplingConfig(),
+        ).view(copies, -1)  # fmt: skip
+        for position, probs in enumerate(recorded[name][0].astype(np.float64)):
+            expected = copies * probs / probs.sum()
+            found = np.bincount(new[:, position].numpy(), minlength=97)
+            assert not found[probs == 0].any()
+            often = expected > 5
+            cells = np.array([*expected[often], max(expected[~often].sum(), 1e-9)])
+            counts = np.array([*found[often], found[~often].sum()])
+            kept = cells > 5
+            assert counts[~kept].sum() <= 20
+            statistic = ((counts - cells) ** 2 / cells)[kept].sum()
+            p_values.append(chi2.sf(statistic, max(kept.sum() - 1, 1)))
+    assert len(p_values) == 60 and min(p_values) > 1e-4
+
+
+def test_generate_takes_the_published_arguments_in_their_order() -> None:
+    published = {
+        "inputs": None, "max_length": 2048, "min_length": 0, "temperature": 1.0,
+        "block_length": 128, "steps": 128, "top_p": None, "top_k": None, "bos_token_id": None,
+        "eos_token_id": None, "pad_token_id": None, "mask_token_id": None,
+        "sampling_method": "ancestral", "noise_schedule": "cosine", "tokens_per_step": 1,
+        "show_progress": False,
+    }  # fmt: skip
+    found = inspect.signature(GiddForDiffusionLM.generate).parameters.values()
+    positional = {x.name: x.default for x in found if x.kind is x.POSITIONAL_OR_KEYWORD}
+    del positional["self"]
+    assert list(positional.items()) == list(published.items())
+
+
+def test_progress_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    model = recorded_model("A", noise_type=0.0)
+    options = {"max_length": 4, "steps": 3, "block_length": 2, "seed": 1}
+    quiet = model.generate(**options)
+    assert capsys.readouterr().err == ""
+    assert torch.equal(model.generate(show_progress=True, **options), quiet)
+    assert "6/6" in capsys.readouterr().err
 
 
 def test_adaptive_choices_under_the_reference_samplers_weights_are_the_recorded_ones() -> None:

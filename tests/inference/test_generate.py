@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from megatron_ext.inference.load import load_model
 from tests.distributed import run_ranks
 from tests.inference.folders import hugging_face_folder, training_run
 
+ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 48
 """Positions of the recorded models."""
 PROMPTS = [
@@ -73,7 +76,7 @@ def samples_of_rank(rank: int, path: Path) -> list[list[list[list[int]]]]:
     del rank
     torch.set_num_threads(1)
     layouts = ({"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2})
-    return [samples_at(path, 2, ParallelConfig(**layout)) for layout in layouts]
+    return [samples_at(path, 6, ParallelConfig(**layout)) for layout in layouts]
 
 
 def test_all_ranks_of_a_split_model_draw_what_the_hugging_face_model_draws(
@@ -82,6 +85,37 @@ def test_all_ranks_of_a_split_model_draw_what_the_hugging_face_model_draws(
     for by_layout in run_ranks(2, samples_of_rank, folder / "run"):
         for samples in by_layout:
             assert samples == alone
+
+
+def test_the_command_reads_and_writes_json_lines(
+    folder: Path, alone: list[list[list[int]]], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text, "more": 1}) for text in PROMPTS]
+    prompts.write_text("\n".join([*lines[:2], "", *lines[2:]]) + "\n")
+
+    def command() -> subprocess.CompletedProcess[str]:
+        line = [
+            sys.executable, ROOT / "tools/generate.py", "--load", folder / "hf", "--input", prompts,
+            "--output", tmp_path / "out/samples.jsonl", "--seed", 5, "--steps", 6,
+            "--block-length", 8, "--max-length", 20, "--batch-size", 4,
+        ]  # fmt: skip
+        return subprocess.run([str(x) for x in line], capture_output=True, text=True)
+
+    done = command()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    written = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").open()]
+    assert [record["prompt"] for record in written] == PROMPTS
+    assert [record["ids"] for record in written] == alone[0]
+    tokenizer = load_model(folder / "hf").tokenizer
+    for record in written:
+        prefix = tokenizer.encode(record["prompt"].split(HOLE_TEXT)[0])
+        assert record["text"] == tokenizer.decode([*prefix, *record["ids"]])
+    prompts.write_text(lines[0] + '\n{"text": "w1"}\n')
+    done = command()
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].endswith('line 2: no "prompt" in it.')
 
 
 def test_a_trace_ends_with_the_context_of_each_sequence(folder: Path, tmp_path: Path) -> None:
