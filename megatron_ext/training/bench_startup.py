@@ -17,9 +17,9 @@ from typing import Any
 
 from megatron_ext.measure import Column, Report, Table, bench_parser
 from megatron_ext.presets import MODEL_PRESETS
-from megatron_ext.training.bench import QUICK_MODEL
 
 STAGES = "megatron_ext.training.startup_stages"
+QUICK_MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
 STAGE_COLUMNS = [
     Column("stage", "stage"),
     Column("median_s", "s", ".2f"),
