@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from megatron_ext.measure.memory import answer_call
-from megatron_ext.measure.report import render
+from megatron_ext.measure.report import Column, Report, Table, render
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -31,11 +31,24 @@ def find_benches() -> list[str]:
 def run_bench(module: str, results: Path, *, quick: bool) -> Path:
     """Run one bench in a process of its own; returns its result file."""
     path = results / f"{module.removeprefix('megatron_ext.')}.json"
-    begin = time.perf_counter()
     command = [sys.executable, "-m", module, "--json", str(path)]
     subprocess.run(command + ["--quick"] * quick, check=True)
-    print(f"({module}: {time.perf_counter() - begin:.0f} s)\n", flush=True)
     return path
+
+
+def run_all(modules: list[str], results: Path, *, quick: bool) -> list[Path]:
+    """Run benches one after the other; their results, and one that says how long each took."""
+    table = Table("Duration", [Column("module", "bench"), Column("seconds", "min", ".1f", 1 / 60)])
+    paths = []
+    for module in modules:
+        begin = time.perf_counter()
+        paths.append(run_bench(module, results, quick=quick))
+        table.rows.append({"module": module, "seconds": time.perf_counter() - begin})
+        print(flush=True)
+    table.rows.append({"module": "all", "seconds": sum(row["seconds"] for row in table.rows)})
+    paths.append(results / "durations.json")
+    Report("durations", {"quick": quick}, [table]).finish(paths[-1])
+    return paths
 
 
 def show(page: Path, results: list[Path]) -> None:
@@ -62,9 +75,8 @@ def main() -> None:
     arguments = parser.parse_args()
     match arguments.command:
         case "run":
-            modules = find_benches()
-            quick, results = arguments.quick, arguments.results
-            show(arguments.page, [run_bench(x, results, quick=quick) for x in modules])
+            found = run_all(find_benches(), arguments.results, quick=arguments.quick)
+            show(arguments.page, found)
         case "render":
             show(arguments.page, arguments.files)
         case "call":
