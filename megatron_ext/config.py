@@ -386,6 +386,8 @@ class PrecisionConfig:
     torch, compiled by torch, or as GPU kernels; auto is the fastest that runs here."""
     loss_chunk_size: int | None = None
     """Tokens whose logits exist at a time; chosen from the vocabulary when absent."""
+    compile_layers: bool = False
+    """Fuse the layers with torch.compile: minutes at start for a few percent of a step."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "loss_chunk_size")
@@ -537,6 +539,16 @@ class Config:
             "use_distributed_optimizer", False,
             "with --bf16 it keeps the master weights; leave it on (it serves one rank, too), or "
             "give --no-master-weights.",
+        )  # fmt: skip
+        require(
+            not (precision.compile_layers and parallel.overlap_param_gather),
+            "compile_layers", True,
+            "compiled layers do not wait for overlapped weights; leave out --overlap-param-gather.",
+        )  # fmt: skip
+        require(
+            not (precision.compile_layers and tp > 1), "compile_layers", True,
+            "megatron-core's tensor-parallel layers do not compile; use "
+            "--tensor-model-parallel-size 1.",
         )  # fmt: skip
         require(
             self.diffusion.objective != "ar" or not self.diffusion.causal_prompt_attn,

@@ -6,6 +6,9 @@ already free of start-up bias: with t counted from 1 and b^_i = 1 - (1 - b_i) / 
     nu <- b^_2 nu + (1 - b^_2) g^2        mu <- b^_1 mu + (1 - b^_1) g / (sqrt(nu) + eps)
     p  <- p - lr (mu + weight_decay p)
 
+On a GPU one update is a dozen kernels over all parameters of a group. On a CPU it runs through
+tiles that stay in cache, so that parameters, gradients and averages cross the memory bus once.
+
 State per parameter is `exp_avg` and `exp_avg_sq`, float32 (float64 for float64 parameters); `step`
 is kept in the parameter group, as fused optimizers do and megatron-core's distributed optimizer
 expects.
@@ -13,15 +16,18 @@ expects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+TILE_ELEMENTS = 1 << 17
+"""Of a tile on a CPU: 512 KiB each of parameter, gradient, averages and temporaries."""
+
 
 class _GroupedOptimizer(torch.optim.AdamW):
-    """One foreach update per group; `step` in the group.
+    """Foreach updates of all parameters of a group; `step` in the group.
 
     It is an AdamW by type alone: megatron-core's distributed optimizer accepts nothing else, for
     the sake of the state's names. Nothing of torch's AdamW runs.
@@ -85,19 +91,54 @@ class _GroupedOptimizer(torch.optim.AdamW):
             if parameters:
                 averages = [self.state[p]["exp_avg"] for p in parameters]
                 squares = [self.state[p]["exp_avg_sq"] for p in parameters]
-                gradients = [p.grad.to(a.dtype) for p, a in zip(parameters, averages, strict=True)]
-                steps = self._update(group, gradients, averages, squares)
-                if group["weight_decay"] != 0:
-                    for step, parameter in zip(steps, parameters, strict=True):
-                        step.add_(parameter, alpha=group["weight_decay"])
-                _subtract(parameters, steps, group["lr"])
+                gradients = [p.grad for p in parameters]
+                for tile in _tiles(parameters, gradients, averages, squares):
+                    self._step_tile(group, *tile)
         return loss
+
+    def _step_tile(
+        self,
+        group: dict,
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        averages: list[Tensor],
+        squares: list[Tensor],
+    ) -> None:
+        gradients = [g.to(a.dtype) for g, a in zip(gradients, averages, strict=True)]
+        steps = self._update(group, gradients, averages, squares)
+        if group["weight_decay"] != 0:
+            for step, parameter in zip(steps, parameters, strict=True):
+                step.add_(parameter, alpha=group["weight_decay"])
+        _subtract(parameters, steps, group["lr"])
 
     def _update(
         self, group: dict, gradients: list[Tensor], averages: list[Tensor], squares: list[Tensor]
     ) -> list[Tensor]:
         """Advance the averages in place; returns new tensors with the step before lr and decay."""
         raise NotImplementedError
+
+
+def _tiles(*tensors: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """The lists cut alike: on a CPU into pieces of at most `TILE_ELEMENTS` in all, else whole."""
+    if tensors[0][0].device.type != "cpu":
+        yield tensors
+        return
+    tile: list[tuple[Tensor, ...]] = []
+    room = TILE_ELEMENTS
+    for members in zip(*tensors, strict=True):
+        # A view where the tensor is contiguous, as everything here is.
+        flat = [x.view(-1) for x in members]
+        first, size = 0, flat[0].numel()
+        while first < size:
+            last = min(first + room, size)
+            tile.append(tuple(x[first:last] for x in flat))
+            room -= last - first
+            first = last
+            if room == 0:
+                yield tuple(map(list, zip(*tile, strict=True)))
+                tile, room = [], TILE_ELEMENTS
+    if tile:
+        yield tuple(map(list, zip(*tile, strict=True)))
 
 
 def _subtract(parameters: list[Tensor], steps: list[Tensor], lr: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.optim import AdamW, LaProp
+from megatron_ext.optim import AdamW, LaProp, laprop
 from megatron_ext.optim.build import apply_schedule, schedule_of
 from megatron_ext.optim.groups import param_class
 from megatron_ext.training.loop import Trainer
@@ -118,6 +118,21 @@ def test_adamw_equals_torchs(decay: float) -> None:
     reference = updated(torch.optim.AdamW(theirs, foreach=False, **options), theirs, range(20))
     for one, other in zip(ours, reference, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LaProp, AdamW])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [1, 7, 15, 16])
+def test_tiles_do_not_change_a_bit(
+    kind: type, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = parameters(2, dtype), parameters(2, dtype)
+    expected = updated(kind(whole, lr=0.01, weight_decay=0.1), whole, range(3))
+    monkeypatch.setattr(laprop, "TILE_ELEMENTS", tile)
+    for one, other in zip(
+        updated(kind(cut, lr=0.01, weight_decay=0.1), cut, range(3)), expected, strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", [LaProp, AdamW])

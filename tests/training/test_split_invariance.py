@@ -89,6 +89,7 @@ def layout(
 
 
 MICRO_1 = {"training": {"micro_batch_size": 1}}
+COMPILED = {"precision": {"compile_layers": True}}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 LAYOUTS: dict[str, Layout] = {
@@ -103,7 +104,10 @@ LAYOUTS: dict[str, Layout] = {
     "plain_optimizer": layout(1, use_distributed_optimizer=False),
     "prefetched": layout(1, sections={"data": {"num_workers": 2}}),
     "loss_chunks": layout(1, sections={"precision": {"loss_chunk_size": 7}}),
+    "compiled": layout(1, sections=COMPILED),
+    "compiled_recompute_full": layout(1, sections=COMPILED, recompute_granularity="full"),
     # two ranks
+    "dp2_compiled": layout(2, sections=COMPILED),
     "tp2": layout(2, tp=2),
     "tp2_sp": layout(2, tp=2, sequence_parallel=True),
     "tp2_padded": layout(2, tp=2, sections={"model": {"make_vocab_size_divisible_by": 128}}),
