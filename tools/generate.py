@@ -29,7 +29,8 @@ class GenerateConfig:
     input: Path | None = None
     """JSON lines with a "prompt" each, instead of --prompt."""
     output: Path | None = None
-    """Write JSON lines with "prompt", "text" and "ids" (new tokens) instead of printing."""
+    """Write JSON lines with "prompt", "text" (the prompt in it) and "ids" (the new tokens) instead
+    of printing."""
     num_samples: int = 1
     """Samples of each prompt."""
     batch_size: int = 8

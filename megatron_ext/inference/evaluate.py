@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ class EvaluateConfig:
     generative_perplexity: bool = False
     """Judge --samples: perplexity, token entropy, distance from --reference."""
     judge: str | None = None
-    """Folder of a causal language model in Hugging Face format."""
+    """Folder of a causal language model in Hugging Face format, not one of diffusion."""
     samples: tuple[str, ...] = ()
-    """Samples, as JSON lines with "text" (what tools/generate.py --output writes)."""
+    """Samples, as JSON lines with "text" (what tools/generate.py --output writes: a prompt is a
+    part of it and judged with it)."""
     reference: tuple[str, ...] = ()
     """Real texts to compare samples with."""
     output: Path | None = None
@@ -50,7 +51,32 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig, settings: LikelihoodConfig) -> tuple[dict[str, Any], str]:
     """(report, report for people) of what the configuration asks for; the same on every rank."""
+    _refuse_without_effect(config, settings)
     return _quality(config) if config.generative_perplexity else _likelihood(config, settings)
+
+
+def _refuse_without_effect(config: EvaluateConfig, settings: LikelihoodConfig) -> None:
+    """`ValueError` for options that what is asked for would leave unused, or that make no bound."""
+    unchanged = {field.name: field.default for field in fields(EvaluateConfig)}
+
+    def leave_out(names: tuple[str, ...], advice: str) -> None:
+        for name in names:
+            require(getattr(config, name) == unchanged[name], name, getattr(config, name), advice)
+
+    if config.generative_perplexity:
+        of_likelihoods = unchanged.keys() - {
+            "generative_perplexity", "judge", "samples", "reference", "output",
+        }  # fmt: skip
+        leave_out(tuple(sorted(of_likelihoods)), "--generative-perplexity has no use for it.")
+        return
+    leave_out(("judge", "samples", "reference"), "it is for --generative-perplexity.")
+    count = config.num_sequences
+    require(count is None or count > 0, "num_sequences", count, "give 1 or more.")
+    if config.completions is not None:
+        leave_out(("num_sequences",), "--completions scores all of its lines.")
+        return
+    leave_out(("prepend_bos", "score_eos"), "it is for --completions.")
+    settings.require_bound()
 
 
 def _quality(config: EvaluateConfig) -> tuple[dict[str, Any], str]:
@@ -76,7 +102,8 @@ def _likelihood(config: EvaluateConfig, settings: LikelihoodConfig) -> tuple[dic
     from megatron_ext.inference.scorers import scorer_of
 
     ways = [bool(config.input), config.data_path is not None, config.completions is not None]
-    require(sum(ways) == 1, "input", config.input, "or --data-path or --completions: give one.")
+    if sum(ways) != 1:
+        raise ValueError("give one of --input, --data-path, --completions, --generative-perplexity")
     require(config.load is not None, "load", config.load, "name a run or a Hugging Face folder.")
     parallel = ParallelConfig(
         tensor_model_parallel_size=config.tensor_model_parallel_size,

@@ -67,7 +67,11 @@ def generate(
     Prompt k draws under (seed, k): two equal prompts get different samples, and the batch size
     changes none.
     """
-    special = SpecialTokens(model.tokenizer.eos_id, model.tokenizer.pad_id)
+    pad = model.tokenizer.pad_id
+    if pad is None:
+        # The mask is no token of a text, whatever the vocabulary.
+        pad = model.schedule.mask_token_id
+    special = SpecialTokens(model.tokenizer.eos_id, pad)
     for first in range(0, len(prompts), batch_size):
         texts = prompts[first : first + batch_size]
         encoded = [encode_prompt(text, model.tokenizer) for text in texts]
@@ -89,7 +93,7 @@ def generate(
             record.write(trace, model.tokenizer, model.schedule, model.name)
         longest = max(len(prefix) for prefix in prefixes)
         for text, prefix, row in zip(texts, prefixes, ids, strict=True):
-            new = [id for id in row[longest:] if id != model.tokenizer.pad_id]
+            new = [id for id in row[longest:] if id != pad]
             whole = model.tokenizer.decode([*prefix, *new])
             yield Sample(text, whole, new)
 

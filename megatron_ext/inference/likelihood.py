@@ -69,6 +69,13 @@ class LikelihoodConfig:
         if self.times not in ("even", "squared", "grid"):
             raise ValueError(f"times is {self.times!r}: choose even, squared or grid.")
 
+    def require_bound(self) -> None:
+        """`ValueError` where the figures would not be bounds, but good for ranking alone."""
+        if self.effective_log_snr or self.times == "grid":
+            raise ValueError(
+                "--effective-log-snr and --times grid rank completions; they make no bound."
+            )
+
 
 @dataclass(frozen=True)
 class Item:

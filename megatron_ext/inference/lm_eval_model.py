@@ -78,7 +78,7 @@ class GiddLM(LM):
 
     def __init__(
         self,
-        load: str,
+        load: str | None = None,
         batch_size: int | str = 8,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -87,6 +87,10 @@ class GiddLM(LM):
         super().__init__()
         # The harness names a device whether asked or not; here it follows from the rank.
         del max_batch_size, device
+        if load is None:
+            raise ValueError("--model_args: give load=FOLDER, a run or a Hugging Face folder.")
+        if not str(batch_size).isdecimal():
+            raise ValueError(f"--batch_size is {batch_size!r}: give a number.")
         sampling = _chosen(SamplingConfig, arguments)
         # Tasks say how warm they want their samples, unless the command does.
         self.temperature = sampling.get("temperature")
@@ -153,6 +157,7 @@ class GiddLM(LM):
     ) -> list[float]:
         """Lower bounds in nats of whole texts, in windows that do not see each other."""
         del disable_tqdm
+        self.likelihood.require_bound()
         texts = [request.args[0] for request in requests]
         corpus = corpus_of_texts(texts, self.model.tokenizer, self.scorer.context, append_eos=False)
         items = [replace(item, index=index_of(item.tokens)) for item in corpus.items]

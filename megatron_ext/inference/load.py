@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +25,9 @@ from megatron_ext.parallel.groups import (
     initialize_parallel,
 )
 from megatron_ext.training.build import build_schedule, open_tokenizer, resolve_vocabulary
+
+if TYPE_CHECKING:
+    from megatron_ext.hf import GiddForDiffusionLM
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,28 @@ def load_model(
 
 
 def _load_hugging_face(path: Path, tokenizer: str | None) -> LoadedModel:
-    from megatron_ext.hf import GiddForDiffusionLM
-
     device = device_of_rank()
-    model = GiddForDiffusionLM.from_pretrained(path).to(device).eval()
+    model = _open_hugging_face(path).to(device).eval()
     loaded = load_tokenizer(tokenizer or str(path))
     schedule = model.mixing_schedule(loaded.special_id("mask"))
     context = model.config.max_position_embeddings
     return LoadedModel(CachedDenoiser(model), schedule, loaded, context, str(path), device)
+
+
+def _open_hugging_face(path: Path) -> GiddForDiffusionLM:
+    """All weights from the folder: transformers would draw missing ones and go on."""
+    from megatron_ext.hf import GiddForDiffusionLM
+
+    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    require(kind == "gidd", "load", str(path), f"its model type is {kind!r}; give one of gidd.")
+    try:
+        model, found = GiddForDiffusionLM.from_pretrained(path, output_loading_info=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--load is {str(path)!r}: {error}") from error
+    for state in ("missing", "unexpected"):
+        keys = sorted(found[f"{state}_keys"])
+        require(not keys, "load", str(path), f"its weights do not fit; {state}: {', '.join(keys)}.")
+    return model
 
 
 def _load_run(

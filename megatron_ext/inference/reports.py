@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_ext.config import require
 from megatron_ext.data.documents import cut_into_pieces, find_files, read_texts
 from megatron_ext.data.indexed import open_indexed
 from megatron_ext.data.packing import PackedDataset
@@ -66,9 +67,9 @@ def corpus_of_texts(
         for start in range(0, len(whole), context):
             items.append(Item(whole[start : start + context], len(items)))
             unit_of_item.append(unit)
-    if not items:
-        raise ValueError("--input: there is no text in it.")
     sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
+    if not items or not sizes.any():
+        raise ValueError("--input: there is no text in it.")
     return Corpus(items, np.array(unit_of_item), sizes, "documents")
 
 
@@ -155,15 +156,20 @@ def precision_of(model: LoadedModel) -> str:
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, text: str) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt and of what follows, as the harness splits them.
+    """Tokens of a prompt and of what follows.
 
     Both are encoded as one text and parted where the prompt alone ends; white space at the end of
-    the prompt goes with the completion, as vocabularies join it with the next word.
+    the prompt goes with the completion, as vocabularies join it with the next word. Where the
+    vocabulary joins the prompt's last token with what follows, there is no such place, and both are
+    encoded on their own.
     """
     stripped = prompt.rstrip()
     text, prompt = prompt[len(stripped) :] + text, stripped
     front = tokenizer.encode(prompt) if prompt else []
-    return front, tokenizer.encode(prompt + text)[len(front) :]
+    whole = tokenizer.encode(prompt + text)
+    if whole[: len(front)] != front:
+        return front, tokenizer.encode(text)
+    return front, whole[len(front) :]
 
 
 class Choice(NamedTuple):
@@ -239,6 +245,7 @@ def choices_report(
 
 def read_questions(path: Path) -> list[tuple[str, list[str]]]:
     """(prompt, completions) of every JSON line; `ValueError` names the line that has none."""
+    require(path.is_file(), "completions", str(path), "there is no such file.")
     questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -257,6 +264,7 @@ def read_questions(path: Path) -> list[tuple[str, list[str]]]:
                 '["...", ...]}.'
             )
         questions.append((prompt, completions))
+    require(bool(questions), "completions", str(path), "there is no line in it.")
     return questions
 
 

@@ -57,9 +57,16 @@ class Judge:
 
         if not (Path(folder) / "config.json").is_file():
             raise ValueError(f"--judge {folder} is no Hugging Face folder: it has no config.json.")
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        options = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            config = AutoConfig.from_pretrained(folder, **options)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--judge {folder}: give a causal language model with its tokenizer that needs no "
+                f"code of its own. {error}"
+            ) from error
         self.model = model.to(device_of_rank()).eval()
         self.bos = self.tokenizer.bos_token_id
         limit = getattr(config, "max_position_embeddings", None) or max_tokens
@@ -108,22 +115,30 @@ def maximum_mean_discrepancy(
     squared = torch.cdist(states, states).square()
     above = squared[tuple(torch.triu_indices(len(states), len(states), 1))]
     kernel = torch.exp(-squared / above.median().clamp_min(1e-12)).fill_diagonal_(0.0)
-    size = len(one)
-    value = _discrepancy(kernel, size)
+    # Column 0 is the split that was found, the others are random ones.
+    is_one = torch.zeros(len(states), 1 + permutations, dtype=torch.float64)
+    is_one[: len(one), 0] = 1
     numbers = np.random.default_rng(seed)
-    reached = 0
-    for _ in range(permutations):
-        order = torch.from_numpy(numbers.permutation(len(states)))
-        reached += _discrepancy(kernel[order][:, order], size) >= value
+    for column in range(1, 1 + permutations):
+        is_one[numbers.permutation(len(states))[: len(one)], column] = 1
+    value, *others = _discrepancies(kernel, is_one).tolist()
+    # Equal splits may differ in their last digits.
+    reached = sum(other >= value - 1e-12 for other in others)
     return value, (1 + reached) / (1 + permutations)
 
 
-def _discrepancy(kernel: Tensor, size: int) -> float:
-    """Of the first `size` rows and the others, given the kernel without its diagonal."""
+def _discrepancies(kernel: Tensor, is_one: Tensor) -> Tensor:
+    """[k] of k splits into the rows with a 1 in `is_one` [n, k] and the others.
+
+    `kernel` [n, n] float64 has no diagonal. All splits cost one product of matrices.
+    """
+    size = is_one[:, 0].sum()
     rest = len(kernel) - size
-    within = kernel[:size, :size].sum() / (size * (size - 1))
-    among = kernel[size:, size:].sum() / (rest * (rest - 1))
-    return float(within + among - 2 * kernel[:size, size:].mean())
+    within = (is_one * (kernel @ is_one)).sum(0)
+    from_one = kernel.sum(1) @ is_one
+    among = kernel.sum() - 2 * from_one + within
+    between = from_one - within
+    return within / (size * (size - 1)) + among / (rest * (rest - 1)) - 2 * between / (size * rest)
 
 
 def pieces(texts: Sequence[list[int]], lengths: Sequence[int]) -> list[list[int]]:
@@ -175,6 +190,8 @@ def quality_report(
     if not lengths:
         raise ValueError("--samples: there is no text in them.")
     judged = judge.judge_all(encoded)
+    if not any(text.num_scored for text in judged):
+        raise ValueError("--samples: they have one token each, and the judge has no BOS before it.")
     report: dict[str, Any] = {
         "samples": _figures(judged),
         "reference": None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from megatron_ext.data.batches import BatchSource, RankPosition
@@ -23,6 +25,7 @@ from megatron_ext.data.preprocess import PreprocessConfig
 from megatron_ext.inference.evaluate import EvaluateConfig, evaluate
 from megatron_ext.inference.likelihood import LikelihoodConfig
 from megatron_ext.inference.load import load_model
+from megatron_ext.inference.reports import encode_pair
 from megatron_ext.inference.sample_quality import maximum_mean_discrepancy, pieces, token_entropy
 from megatron_ext.training.evaluation import evaluate as validate
 from tests.distributed import run_ranks
@@ -156,6 +159,34 @@ def test_the_bound_of_packed_data_is_that_of_the_runs_validation(
     assert report["bits_per_byte"]["mean"] == pytest.approx(bits)
 
 
+class LongestPieces:
+    """Tokens are the longest pieces known, greedily; ids are their places."""
+
+    pieces = ("the", "th", "he", "t", "h", "e", "o", "r", "y", " ")
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        while text:
+            ids.append(next(i for i, piece in enumerate(self.pieces) if text.startswith(piece)))
+            text = text[len(self.pieces[ids[-1]]) :]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.pieces[i] for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [("th", "e"), ("th", "eory"), ("the ", "the"), ("t", "he"), ("", "the"), ("the ", " y")],
+)
+def test_prompt_and_completion_are_encoded_to_their_own_text(prompt: str, text: str) -> None:
+    """Also where a token of the vocabulary spans both, which leaves no tokens, or wrong ones."""
+    tokenizer = LongestPieces()
+    front, tokens = encode_pair(tokenizer, prompt, text)  # type: ignore[arg-type]
+    assert tokens and tokenizer.decode([*front, *tokens]) == prompt + text
+    assert tokenizer.decode(front) == prompt.rstrip()
+
+
 def test_choices_are_bounds_and_their_maximum(folder: Path, single_rank: None) -> None:
     report = reports_of_rank(0, str(folder), {})["choices"]
     for answer, counts in zip(report["answers"], ([2, 1, 4], [2, 1]), strict=True):
@@ -213,6 +244,35 @@ def test_repetition_pleases_the_judge_and_is_exposed(judge: Path, single_rank: N
     assert fake["distance"]["squared_mmd"] > 10 * abs(real["distance"]["squared_mmd"])
 
 
+def test_one_good_sample_over_and_over_is_exposed_by_the_distance_alone(
+    judge: Path, single_rank: None
+) -> None:
+    """Entropy and perplexity of each are those of a good sample."""
+    write_lines(judge / "copied.jsonl", sentences(3, seed=11, longest=40)[-1:] * 30)
+    real, fake = (judged(judge, name) for name in ("good", "copied"))
+    assert fake["samples"]["token_entropy"]["mean"] > real["samples"]["token_entropy"]["low"] - 0.5
+    assert fake["distance"]["p_value"] < 0.01
+    assert fake["distance"]["squared_mmd"] > 10 * abs(real["distance"]["squared_mmd"])
+
+
+def test_the_distance_is_the_textbooks() -> None:
+    """Gretton et al. 2012, lemma 6, as sums over pairs."""
+    numbers = np.random.default_rng(1)
+    one, other = numbers.normal(size=(5, 3)), numbers.normal(1.0, size=(7, 3))
+    pooled = np.concatenate([one, other])
+    scaled = pooled / pooled.std(axis=0, ddof=1)
+    squared = ((scaled[:, None] - scaled) ** 2).sum(-1)
+    above = np.sort(squared[np.triu_indices(12, 1)])
+    kernel = np.exp(-squared / above[(len(above) - 1) // 2])
+    first, second = range(5), range(5, 12)
+    expected = (
+        np.mean([kernel[i, j] for i in first for j in first if i != j])
+        + np.mean([kernel[i, j] for i in second for j in second if i != j])
+        - 2 * np.mean([kernel[i, j] for i in first for j in second])
+    )
+    assert maximum_mean_discrepancy(one, other)[0] == pytest.approx(expected)
+
+
 def test_the_distance_is_unbiased_and_its_test_has_its_level() -> None:
     numbers = np.random.default_rng(0)
     results = [
@@ -249,13 +309,77 @@ def test_the_command_prints_and_writes_and_refuses(folder: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert f"{report['nats_per_token']['mean']:.4f}" in done.stdout
-    for wrong, advice in (
-        (EvaluateConfig(load="nowhere"), "--data-path"),
-        (EvaluateConfig(input=("a.jsonl",)), "--load"),
-        (EvaluateConfig(generative_perplexity=True, samples=("a.jsonl",)), "--judge"),
-    ):
-        with pytest.raises(ValueError, match=advice):
-            evaluate(wrong, SETTINGS)
+
+
+QUESTIONS = Path("questions.jsonl")
+QUALITY = {"generative_perplexity": True, "samples": ("a.jsonl",)}
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({"load": "nowhere"}, "--data-path"),
+        ({"input": ("a",)}, "--load"),
+        ({"input": ("a",), "completions": QUESTIONS}, "--completions"),
+        ({"load": "a", "input": ("a",), "num_sequences": 0}, "--num-sequences is 0"),
+        ({"load": "a", "completions": QUESTIONS, "num_sequences": 3}, "--num-sequences is 3"),
+        ({"load": "a", "input": ("a",), "score_eos": True}, "--score-eos"),
+        ({"load": "a", "input": ("a",), "samples": ("b",)}, "--samples"),
+        ({"judge": "a"}, "--judge is 'a': it is for --generative-perplexity"),
+        (QUALITY, "--judge"),
+        (QUALITY | {"judge": "a", "load": "b"}, "--load"),
+        (QUALITY | {"judge": "nowhere"}, "--judge nowhere"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    given: dict[str, Any], advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    single_rank: None,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "w1"}\n')
+    with pytest.raises(ValueError, match=advice):
+        evaluate(EvaluateConfig(**given), SETTINGS)
+
+
+@pytest.mark.parametrize("change", [{"effective_log_snr": True}, {"times": "grid"}])
+def test_what_bounds_nothing_is_refused_for_texts(folder: Path, change: dict[str, Any]) -> None:
+    config = EvaluateConfig(load=str(folder / "hf"), input=(str(folder / "text.jsonl"),))
+    with pytest.raises(ValueError, match="no bound"):
+        evaluate(config, replace(SETTINGS, **change))
+
+
+def test_texts_without_a_character_are_refused(tmp_path: Path, folder: Path) -> None:
+    empty = write_lines(tmp_path / "empty.jsonl", ["", ""])
+    with pytest.raises(ValueError, match="no text"):
+        evaluate(EvaluateConfig(load=str(folder / "hf"), input=(empty,)), SETTINGS)
+
+
+def test_folders_that_are_no_whole_diffusion_model_are_refused(
+    folder: Path, judge: Path, tmp_path: Path, single_rank: None
+) -> None:
+    """transformers would draw what is missing and evaluate that."""
+
+    def refused(part: str) -> None:
+        with pytest.raises(ValueError, match=part):
+            load_model(tmp_path)
+
+    shutil.copytree(folder / "hf", tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    norm = weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused("missing: model.norm.weight")
+    save_file(weights | {"model.norm.weight": norm, "model.more": norm.clone()},
+              tmp_path / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    refused("unexpected: model.more")
+    (tmp_path / "model.safetensors").unlink()
+    refused("model.safetensors")
+    with pytest.raises(ValueError, match="'gpt2'"):
+        load_model(judge)
+    of_diffusion = EvaluateConfig(**QUALITY | {
+        "judge": str(folder / "hf"), "samples": (str(judge / "good.jsonl"),),
+    })  # fmt: skip
+    with pytest.raises(ValueError, match="--judge .* causal"):
+        evaluate(of_diffusion, SETTINGS)
 
 
 @pytest.mark.parametrize(

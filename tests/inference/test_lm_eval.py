@@ -191,10 +191,16 @@ def refusals(rank: int, folder: Path) -> list[str]:
 
     load = str(folder / "hf")
     messages = []
-    for arguments in ({"draws": 3}, {"num_draws": 0}, {"method": "best"}):
+    for arguments in (
+        {"draws": 3}, {"num_draws": 0}, {"method": "best"}, {"load": None}, {"batch_size": "auto"},
+    ):  # fmt: skip
         with pytest.raises(ValueError) as caught:
-            GiddLM(load=load, **arguments)
+            GiddLM(**{"load": load} | arguments)
         messages.append(str(caught.value))
+    ranking = GiddLM(load=load, times="grid")
+    with pytest.raises(ValueError) as caught:
+        ranking.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("a text",), 0)])
+    messages.append(str(caught.value))
     model = GiddLM(load=load, num_draws=1, check_greedy=True, score_eos=True)
     with pytest.raises(ValueError) as caught:
         model._sampling_of({"until": [], "beams": 4})
@@ -302,7 +308,6 @@ def test_the_command_on_two_ranks_counts_right_answers_and_agrees_with_one(
 
 
 def test_wrong_arguments_are_named(alone: Alone) -> None:
-    for message, part in zip(
-        alone.messages, ("draws", "num_draws", "method", "beams"), strict=True
-    ):
+    parts = "draws", "num_draws", "method", "load=FOLDER", "--batch_size", "no bound", "beams"
+    for message, part in zip(alone.messages, parts, strict=True):
         assert part in message
