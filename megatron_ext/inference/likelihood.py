@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from megatron_ext.diffusion.noising import (
     CLEAN_LOG_SNR,
@@ -241,15 +243,19 @@ def score(scorer: Scorer, items: Sequence[Item], config: LikelihoodConfig) -> Sc
     elbo = torch.zeros(len(items), config.num_draws, dtype=torch.float64, device=scorer.device)
     levels = [noise_levels(scorer.schedule, config, item.index) for item in items]
     rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
-    # By length, or a batch would be mostly padding.
-    mine = sorted(range(rank, len(items), size), key=lambda i: len(items[i].tokens))
+    # None leaves it to whether a terminal looks on.
+    silent = None if os.environ.get("RANK", "0") == "0" else True
+    # By length, or a batch would be mostly padding; the longest, which may not fit, come first.
+    mine = sorted(range(rank, len(items), size), key=lambda i: -len(items[i].tokens))
     rows = (
         _Row(number, draw, noise_item(items[number], draw, log_snr, scorer, config))
         for number in mine
         for draw, log_snr in enumerate(levels[number].log_snr)
     )
-    for batch in _batches(rows, config.batch_size):
-        _score_batch(scorer, batch, elbo)
+    with tqdm(total=len(mine) * config.num_draws, desc="score", unit="draw", disable=silent) as bar:
+        for batch in _batches(rows, config.batch_size):
+            _score_batch(scorer, batch, elbo)
+            bar.update(len(batch))
     if size > 1:
         torch.distributed.all_reduce(elbo, group=group)
     return Scores(
