@@ -176,6 +176,18 @@ def test_a_broken_promise_to_add_the_losses_up_raises(impl: Any) -> None:
         (losses.loss * torch.arange(5)).sum().backward()
 
 
+@pytest.mark.parametrize("where", [0, 3])
+def test_a_nan_from_upstream_reaches_every_gradient(where: int) -> None:
+    schedule = MixingSchedule(29, MASK_ID, 0.0)
+    tokens = _in(torch.float32, draw_tokens(schedule, 5))
+    leaves = [draw_normal(n, 8, seed=n).float().requires_grad_() for n in (5, 29)]
+    losses = linear_gidd_loss(*leaves, *tokens, schedule, summed=True)
+    factors = torch.ones(5)
+    factors[where] = torch.nan
+    (losses.loss * factors).sum().backward()
+    assert all(leaf.grad.isnan().all() for leaf in leaves)
+
+
 def _split_losses_of_rank(rank: int) -> dict[tuple, list[Tensor]]:
     group = torch.distributed.group.WORLD
     schedule, tokens, hidden, weight = _split_case()

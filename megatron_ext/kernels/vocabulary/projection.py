@@ -129,11 +129,13 @@ class _OfHidden(torch.autograd.Function):
 
 def _scaled(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients that the forward pass made, times the one factor of all losses."""
+    first = upstream[:1]
+    # A step that went wrong upstream is for the caller to find: NaN is no broken promise, it stays.
+    is_kept = (upstream == first) | upstream.isnan() | first.isnan()
     torch._assert_async(
-        (upstream == upstream[:1]).all(),
-        "the losses were announced as summed, but their gradients differ",
+        is_kept.all(), "the losses were announced as summed, but their gradients differ"
     )
-    factor = upstream[:1].sum()
+    factor = first.sum() + 0 * upstream.sum()
     # In place: a second backward pass through this node raises, as autograd sees the change.
     return tuple(grad.mul_(factor.to(grad.dtype)) for grad in ctx.saved_tensors)  # type: ignore[return-value]
 
