@@ -384,6 +384,10 @@ class PrecisionConfig:
     loss_impl: Literal["auto", "reference", "chunked", "compiled", "triton"] = "auto"
     """Implementation of the loss: dense by definition, or its passes over the vocabulary in plain
     torch, compiled by torch, or as GPU kernels; auto is the fastest that runs here."""
+    attention_impl: Literal["auto", "reference", "blocked", "sdpa", "flex", "flash", "te"] = "auto"
+    """Implementation of the attention core: dense by definition, plain torch in blocks, torch's
+    fused kernels, FlexAttention, flash-attn; te is refused with the reason. auto is the fastest
+    that runs here."""
     loss_chunk_size: int | None = None
     """Tokens whose logits exist at a time; chosen from the vocabulary when absent."""
     compile_layers: bool = False

@@ -52,7 +52,9 @@ class MicroBatch(NamedTuple):
     """[k] int64, positions whose loss may be other than zero, as indices of [s_local, b]."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """On `device`, but for `visibility`: attention plans with its integers on the host."""
+        moved = (tensor.to(device, non_blocking=True) for tensor in self)
+        return MicroBatch(*moved)._replace(visibility=self.visibility)
 
 
 @dataclass(frozen=True)

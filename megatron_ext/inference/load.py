@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,7 +115,7 @@ def _load_run(
     config = Config(
         model=saved.model,
         diffusion=saved.diffusion,
-        precision=saved.precision,
+        precision=replace(saved.precision, attention_impl="auto"),
         noise=saved.noise,
         data=saved.with_sections(data={"tokenizer_model": path_of_tokenizer}).data,
         parallel=parallel,

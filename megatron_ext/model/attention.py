@@ -12,12 +12,19 @@ Attention is bidirectional, so contiguous pieces of the sequence balance the wor
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_ext.kernels.attention import attention_reference
+from megatron_ext.config import Config
+from megatron_ext.kernels.attention import (
+    Implementation,
+    attention,
+    choose_attention,
+    for_pattern,
+)
 from megatron_ext.model.norms import SplitRMSNorm, normalize_pair
 from megatron_ext.model.rotary import rotate
 from megatron_ext.parallel.collectives import gather_sequence
@@ -26,6 +33,34 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # isort:
 from megatron.core.transformer.attention import SelfAttention  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # isort: skip
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """What a model's attention cores have in common."""
+
+    impl: Implementation
+    """Never `auto`."""
+    softcap: float | None
+    kv_bias_token: bool
+    causal: bool
+    causal_prompt: bool
+
+    @classmethod
+    def of(cls, config: Config, device: torch.device, dtype: torch.dtype) -> AttentionSettings:
+        """Raises `ValueError` where `--attention-impl` cannot be had on this device."""
+        model, diffusion = config.model, config.diffusion
+        impl = choose_attention(
+            config.precision.attention_impl, device=device, dtype=dtype,
+            head_width=model.head_width, softcap=model.attention_softcap, trains=True,
+        )  # fmt: skip
+        return cls(
+            impl=impl,
+            softcap=model.attention_softcap,
+            kv_bias_token=model.kv_bias_token,
+            causal=diffusion.objective == "ar",
+            causal_prompt=diffusion.causal_prompt_attn,
+        )
 
 
 class AttentionCore(torch.nn.Module):
@@ -39,16 +74,15 @@ class AttentionCore(torch.nn.Module):
         config: TransformerConfig,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        softcap: float | None,
-        kv_bias_token: bool,
+        settings: AttentionSettings,
         **unused: Any,
     ) -> None:
         super().__init__()
         del layer_number, unused
-        self.softcap = softcap
+        self.settings = settings
         self.cp_group = pg_collection.cp
         self.k_bias = self.v_bias = None
-        if kv_bias_token:
+        if settings.kv_bias_token:
             shape = (config.num_attention_heads // pg_collection.tp.size(), config.kv_channels)
             device = torch.cuda.current_device() if torch.cuda.is_available() else None
             for name in ("k_bias", "v_bias"):
@@ -61,15 +95,23 @@ class AttentionCore(torch.nn.Module):
                 setattr(self, name, parameter)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **unused: Any
+        self, query: Tensor, key: Tensor, value: Tensor, visibility: Tensor, **unused: Any
     ) -> Tensor:
-        """Return [s/cp, b, h/tp]."""
+        """Return [s/cp, b, h/tp].
+
+        A bool mask goes to an implementation that takes any pattern, if the chosen one does not.
+        """
         del unused
+        settings = self.settings
+        is_pattern = visibility.dtype == torch.bool
         if self.cp_group.size() > 1:
             key, value = gather_sequence(torch.stack([key, value], dim=1), self.cp_group).unbind(1)
-        output = attention_reference(
-            query, key, value, mask,
-            softcap=self.softcap, k_bias=self.k_bias, v_bias=self.v_bias,
+        output = attention(
+            query, key, value, visibility,
+            first_query=self.cp_group.rank() * len(query),
+            causal=settings.causal, causal_prompt=settings.causal_prompt,
+            softcap=settings.softcap, k_bias=self.k_bias, v_bias=self.v_bias,
+            impl=for_pattern(settings.impl) if is_pattern else settings.impl,
         )  # fmt: skip
         return output.flatten(2)
 

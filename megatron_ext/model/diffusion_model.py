@@ -19,9 +19,9 @@ from torch import Tensor
 
 from megatron_ext.config import Config
 from megatron_ext.diffusion.schedule import MixingSchedule
-from megatron_ext.diffusion.visibility import attention_mask_from_visibility
 from megatron_ext.kernels.cross_entropy import linear_cross_entropy
 from megatron_ext.kernels.gidd_loss import GiddLoss, linear_gidd_loss
+from megatron_ext.model.attention import AttentionSettings
 from megatron_ext.model.rotary import rotary_table
 from megatron_ext.model.spec import block_spec
 from megatron_ext.model.translate import padded_vocab_size, transformer_config
@@ -194,10 +194,12 @@ class DiffusionModel(MegatronModule):
                 position_embedding_type="rope",
                 tp_group=groups.tp,
             )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.attention = AttentionSettings.of(config, device, engine.params_dtype)
         num_layers = model.num_layers // config.parallel.num_stages
         self.decoder = TransformerBlock(
             engine,
-            block_spec(model, num_layers),
+            block_spec(model, self.attention, num_layers),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,
@@ -243,17 +245,4 @@ class DiffusionModel(MegatronModule):
         if self.settings.model.position_embedding_type == "rope":
             model = self.settings.model
             angles = rotary_table(positions, model.head_width, model.rotary_base)
-        return self.decoder(
-            hidden, self._attention_mask(visibility, first, local), rotary_pos_emb=angles
-        )
-
-    def _attention_mask(self, visibility: Tensor, first: int, local: int) -> Tensor:
-        if visibility.dtype == torch.bool:
-            return visibility
-        diffusion = self.settings.diffusion
-        mask = attention_mask_from_visibility(
-            visibility,
-            causal=diffusion.objective == "ar",
-            causal_prompt=diffusion.causal_prompt_attn,
-        )
-        return mask[:, first : first + local]
+        return self.decoder(hidden, visibility, rotary_pos_emb=angles)

@@ -7,7 +7,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from megatron_ext.config import ModelConfig
-from megatron_ext.model.attention import AttentionCore, DiffusionSelfAttention
+from megatron_ext.model.attention import (
+    AttentionCore,
+    AttentionSettings,
+    DiffusionSelfAttention,
+)
 from megatron_ext.model.norms import RMSNorm
 
 from megatron.core.tensor_parallel.layers import (  # isort: skip
@@ -42,16 +46,14 @@ def residual_add(multiplier: float) -> Callable:
     return select
 
 
-def _core_attention(model: ModelConfig) -> Callable:
+def _core_attention(settings: AttentionSettings) -> Callable:
     def build(**kwargs: object) -> AttentionCore:
-        return AttentionCore(
-            softcap=model.attention_softcap, kv_bias_token=model.kv_bias_token, **kwargs
-        )
+        return AttentionCore(settings=settings, **kwargs)
 
     return build
 
 
-def layer_spec(model: ModelConfig) -> ModuleSpec:
+def layer_spec(model: ModelConfig, attention_settings: AttentionSettings) -> ModuleSpec:
     """One pre-norm transformer layer."""
     attention = ModuleSpec(
         module=DiffusionSelfAttention,
@@ -61,7 +63,7 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=_core_attention(model),
+            core_attention=_core_attention(attention_settings),
             linear_proj=RowParallelLinear,
         ),
     )
@@ -84,8 +86,10 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
     )
 
 
-def block_spec(model: ModelConfig, num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(
+    model: ModelConfig, attention_settings: AttentionSettings, num_layers: int
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage and the final norm."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(model)] * num_layers, layer_norm=RMSNorm
+        layer_specs=[layer_spec(model, attention_settings)] * num_layers, layer_norm=RMSNorm
     )

@@ -46,6 +46,8 @@ class Reporter:
             f"tp {parallel.tensor_model_parallel_size} pp {parallel.pipeline_model_parallel_size} "
             f"cp {parallel.context_parallel_size} dp {self.trainer.groups.dp.size()}, "
             f"{'bf16' if config.precision.bf16 else 'fp32'} on {self.trainer.device.type}, "
+            f"attention {self.trainer.model[0].module.attention.impl} "
+            f"(--attention-impl {config.precision.attention_impl}), "
             f"from step {self.trainer.position.step} to {config.training.train_iters}"
         )
 

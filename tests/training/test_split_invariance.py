@@ -88,6 +88,11 @@ def layout(
     return Layout(ranks, variant, tuple(parallel.items()), changed)
 
 
+def attention(impl: str) -> dict[str, dict[str, Any]]:
+    """Sections that choose an attention core; `auto` is `blocked` here."""
+    return {"precision": {"attention_impl": impl}}
+
+
 MICRO_1 = {"training": {"micro_batch_size": 1}}
 COMPILED = {"precision": {"compile_layers": True}}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -103,6 +108,12 @@ LAYOUTS: dict[str, Layout] = {
     "recompute_selective": layout(1, recompute_granularity="selective"),
     "plain_optimizer": layout(1, use_distributed_optimizer=False),
     "prefetched": layout(1, sections={"data": {"num_workers": 2}}),
+    "dense_attention": layout(1, sections=attention("reference")),
+    "documents_dense_attention": layout(1, "documents", sections=attention("reference")),
+    "causal_prompt_dense_attention": layout(1, "causal_prompt", sections=attention("reference")),
+    "documents_ar_dense_attention": layout(1, "documents_ar", sections=attention("reference")),
+    "plain_dense_attention": layout(1, "plain", sections=attention("reference")),
+    "plain_sdpa_attention": layout(1, "plain", sections=attention("sdpa")),
     "loss_chunks": layout(1, sections={"precision": {"loss_chunk_size": 7}}),
     "compiled": layout(1, sections=COMPILED),
     "compiled_recompute_full": layout(1, sections=COMPILED, recompute_granularity="full"),
@@ -141,6 +152,8 @@ LAYOUTS: dict[str, Layout] = {
     "gelu_tp2": layout(2, "gelu", tp=2),
     "plain_tp2": layout(2, "plain", tp=2),
     "plain_pp2": layout(2, "plain", pp=2),
+    "plain_cp2_sdpa_attention": layout(2, "plain", cp=2, sections=attention("sdpa")),
+    "cp2_dense_attention": layout(2, cp=2, sections=attention("reference")),
     "swiglu_bias_tp2_sp": layout(2, "swiglu_bias", tp=2, sequence_parallel=True),
     # three ranks
     "six_layers_pp3": layout(3, "six_layers", pp=3),
