@@ -26,7 +26,9 @@ OTHER = "other"
 GROUPS = (PRODUCTS, ATTENTION, LAYERS, LOSS, GRADIENTS, OPTIMIZER, OTHER)
 
 _MARK = "step_profile: "
-_MATRIX_OPERATORS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+_MATRIX_OPERATORS = {
+    f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")
+}
 _BACKWARD = "autograd::engine::evaluate_function: "
 
 
