@@ -237,7 +237,7 @@ def cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         ways = [x for x in WAYS if x != "dense, compiled loss"]
         shape = {"model": "tiny", "shape": QUICK_MODEL, "vocab_size": 512, "ways": ways}
         return [{**shape, **shared, "precision": "bf16"}]
-    shared = {"sequences": SEQUENCES, "repetitions": 7, "max_seconds": 60, "square": 4096}
+    shared = {"sequences": SEQUENCES, "repetitions": 5, "max_seconds": 30, "square": 4096}
     return [
         {
             "model": name, "shape": {**MODEL_PRESETS[name], **SHAPE}, "ways": list(WAYS),

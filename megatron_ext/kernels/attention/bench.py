@@ -152,7 +152,7 @@ def measure(case: dict[str, Any], trains: bool, arguments: argparse.Namespace) -
 def main() -> None:
     parser = bench_parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--max-seconds", type=float, default=40.0, help="per case of a table")
+    parser.add_argument("--max-seconds", type=float, default=12.0, help="per case of a table")
     arguments = parser.parse_args()
     sizes = [(2, 32, 2, 16)] if arguments.quick else CASES
     if arguments.quick:
