@@ -23,11 +23,12 @@ def main() -> int:
 
     from megatron_ext.parallel.cpu import keep_freed_memory
     from megatron_ext.parallel.groups import shutdown_parallel
+    from megatron_ext.training.guards import process_code
     from megatron_ext.training.loop import train
 
     keep_freed_memory()
     try:
-        return train(config)
+        return process_code(train(config))
     except ValueError as error:
         print(f"pretrain_diffusion.py: {error}", file=sys.stderr)
         return 2

@@ -456,8 +456,14 @@ class CheckpointConfig:
     """Write checkpoints in the background."""
     keep_last: int = 0
     """Delete older checkpoints beyond this many; 0 keeps all."""
+    max_failed_saves: int = 3
+    """Stop after so many checkpoints in a row that could not be written."""
+    accept_changes: tuple[str, ...] = ()
+    """Fields whose change since the checkpoint is meant, of those that are refused otherwise:
+    data-path, seed, objective, ..."""
 
     def __post_init__(self) -> None:
+        _require_positive(self, "max_failed_saves")
         for name in ("save_interval", "keep_last"):
             value = getattr(self, name)
             require(value >= 0, name, value, "give 0 or more.")
@@ -490,6 +496,37 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResilienceConfig:
+    """What happens when something goes wrong (docs/resilience.md)."""
+
+    hang_timeout_minutes: float | None = None
+    """Without progress for so long, a rank prints its stacks and ends; 0.9 times
+    --distributed-timeout-minutes when absent, 0 for never."""
+    loss_spike_action: Literal["off", "report", "skip", "rollback"] = "off"
+    """On a loss far above those before it: report samples and noise levels; leave the update out,
+    too; or go back to the last checkpoint and on with the batches after the spike."""
+    loss_spike_threshold: float = 6.0
+    """A spike is so many standard deviations above the mean of the window."""
+    loss_spike_window: int = 128
+    """Steps in the window; there are no spikes before it is full."""
+    max_rollbacks: int = 3
+    """Stop at the next spike after so many rollbacks of this start of the run."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time; slower on GPUs."""
+    enable_ft_package: bool = False
+    """Send heartbeats to ft_launcher (needs the nvidia-resiliency-ext package)."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "loss_spike_threshold", "max_rollbacks")
+        require(
+            self.loss_spike_window >= 8, "loss_spike_window", self.loss_spike_window,
+            "a standard deviation of fewer than 8 steps means nothing.",
+        )  # fmt: skip
+        timeout = self.hang_timeout_minutes
+        require(timeout is None or timeout >= 0, "hang_timeout_minutes", timeout, "give 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -503,6 +540,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
 
     def __post_init__(self) -> None:
         model, parallel, precision = self.model, self.parallel, self.precision
@@ -557,6 +595,17 @@ class Config:
         require(
             self.diffusion.objective != "ar" or not self.diffusion.causal_prompt_attn,
             "causal_prompt_attn", True, "--objective ar is causal everywhere.",
+        )  # fmt: skip
+        require(
+            self.resilience.loss_spike_action != "rollback" or self.checkpoint.save_interval > 0,
+            "loss_spike_action", "rollback", "give --save-interval, to have where to go back to.",
+        )  # fmt: skip
+        timeout = self.resilience.hang_timeout_minutes
+        require(
+            timeout is None or timeout < parallel.distributed_timeout_minutes,
+            "hang_timeout_minutes", timeout,
+            "it must be below --distributed-timeout-minutes "
+            f"({parallel.distributed_timeout_minutes}), which ends ranks without their stacks.",
         )  # fmt: skip
 
     def num_microbatches(self, world_size: int) -> int:

@@ -4,6 +4,7 @@
     <save>/iter_0000100/          a complete checkpoint; manifest.json lists every file
     <save>/iter_0000100.partial/  one that is being written, or that a killed run left behind
     <save>/iter_0000100.replaced/ one that is being deleted
+    <save>/iter_0000100.damaged/  one that was found damaged; the run went on from an earlier one
 
 A checkpoint is written under its `.partial` name, read back once for checksums, given its manifest,
 renamed, and only then named by `latest`. A reader never sees half of one, whenever a run is killed.
@@ -11,6 +12,7 @@ renamed, and only then named by `latest`. A reader never sees half of one, whene
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +21,8 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+RESERVE = ".reserve"
+"""Room kept free while a checkpoint is written; gone when it is complete."""
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -54,9 +58,22 @@ def complete_steps(root: Path) -> list[int]:
 
 
 def latest_step(root: Path) -> int | None:
-    """The step that `latest` names, or `None` where nothing was saved."""
-    pointer = root / LATEST
-    return int(pointer.read_text()) if pointer.is_file() else None
+    """The step that `latest` names, or `None` where nothing was saved.
+
+    Where `latest` is missing or unreadable, the newest complete checkpoint stands in for it.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        return int((root / LATEST).read_text())
+    return max(complete_steps(root), default=None)
+
+
+def steps_to_try(root: Path) -> list[int]:
+    """Complete checkpoints to go on from, best first: the latest and those before it."""
+    latest = latest_step(root)
+    if latest is None:
+        return []
+    earlier = [step for step in complete_steps(root) if step < latest]
+    return ([latest] if complete_folder(root, latest) else []) + earlier[::-1]
 
 
 def file_digest(path: Path) -> str:
@@ -86,6 +103,14 @@ def write_atomically(path: Path, text: str) -> None:
 def payload_files(folder: Path) -> list[Path]:
     """Every file of a checkpoint but its manifest, in a fixed order."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def size_without_shards(root: Path) -> int:
+    """Bytes of the newest checkpoint's files that are not shards; 0 where there is none."""
+    for step in complete_steps(root)[-1:]:
+        files = checkpoint_folder(root, step).iterdir()
+        return sum(path.stat().st_size for path in files if path.suffix != ".distcp")
+    return 0
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, int | str]]:
@@ -119,11 +144,22 @@ def publish(root: Path, step: int, files: dict[str, dict[str, int | str]]) -> No
     write_atomically(root / LATEST, f"{step}\n")
 
 
+def discard(root: Path, step: int) -> None:
+    """Remove what a failed save left, as far as that is possible."""
+    shutil.rmtree(partial_folder(root, step), ignore_errors=True)
+
+
 def read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
+    """Size and SHA-256 of a checkpoint's files by name; `ValueError` where it is not readable."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"--load: {folder} is not a complete checkpoint: it has no {MANIFEST}.")
-    return json.loads(path.read_text())["files"]
+    try:
+        files = json.loads(path.read_bytes())["files"]
+        return {name: {"bytes": facts["bytes"], "sha256": facts["sha256"]}
+                for name, facts in files.items()}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--load: {path} is damaged: {error}.") from error
 
 
 def damaged_files(folder: Path, expected: dict[str, dict[str, int | str]]) -> list[str]:
@@ -145,6 +181,16 @@ def _set_aside(root: Path, step: int) -> None:
     replaced = replaced_folder(root, step)
     shutil.rmtree(replaced, ignore_errors=True)
     os.rename(checkpoint_folder(root, step), replaced)
+
+
+def set_aside_damaged(root: Path, step: int) -> Path:
+    """Rename a damaged checkpoint, so that it no longer counts as one; returns its name."""
+    damaged = root / f"iter_{step:07d}.damaged"
+    shutil.rmtree(damaged, ignore_errors=True)
+    folder = complete_folder(root, step)
+    if folder is not None:
+        os.rename(folder, damaged)
+    return damaged
 
 
 def remove_old(root: Path, keep_last: int) -> None:

@@ -6,8 +6,7 @@ every tensor lie in the `.distcp` files. Parameters of layers are stacked, `deco
 chunks of one parameter together; writing asks for each parameter when its turn to be written has
 come. Memory is that of a parameter and one of its chunks, whatever the number of layers.
 
-`.metadata` is a pickle (of torch.distributed.checkpoint), so only checkpoints that you trust as you
-trust the code that wrote them may be read; `common.pt` is read without unpickling code.
+Nothing that a file names is run (`checkpoint.pickles`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import (
-    FileSystemReader,
     FileSystemWriter,
     LoadPlan,
     LoadPlanner,
@@ -43,7 +41,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_ext.checkpoint.pickles import PlainReader, untrusted
 from megatron_ext.parallel.cpu import enable_cpu
+from megatron_ext.parallel.versions import common_in_shards
 
 enable_cpu()
 
@@ -90,11 +90,8 @@ class StoredParameters:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.reader = FileSystemReader(folder)
-        try:
-            metadata = self.reader.read_metadata()
-        except OSError as error:
-            raise ValueError(f"--load: {folder} is not a checkpoint: {error}") from error
+        self.reader = PlainReader(folder)
+        metadata = self.reader.read_metadata()
         self.reader.set_up_storage_reader(metadata, True)
         self.tensors = {
             key: tensor
@@ -233,4 +230,7 @@ def write_checkpoint(
 
 def read_common(folder: Path) -> dict[str, Any]:
     """What all ranks of a checkpoint share; plain values only, no code is unpickled."""
-    return torch.load(folder / COMMON, map_location="cpu", weights_only=True)
+    with untrusted(folder):
+        if (folder / COMMON).is_file():
+            return torch.load(folder / COMMON, map_location="cpu", weights_only=True)
+        return common_in_shards(folder, PlainReader(folder))

@@ -94,6 +94,14 @@ class BlendedDataset:
         return periods * len(self._choice) + int(slots[rest])
 
     @property
+    def identity(self) -> list[dict[str, str | int]]:
+        """Each dataset's file and its share of a period; another one gives other samples."""
+        return [
+            {**dataset.identity, "share": share, "period": len(self._choice)}
+            for dataset, share in zip(self.datasets, self._shares, strict=True)
+        ]
+
+    @property
     def bytes_per_token(self) -> float | None:
         """Mean over the blend; None where one of the datasets does not know."""
         values = [dataset.bytes_per_token for dataset in self.datasets]

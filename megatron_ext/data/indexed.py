@@ -48,6 +48,8 @@ DTYPES: dict[int, np.dtype] = {
 MANIFEST_FORMAT = "megatron_ext tokens 1"
 CHUNK = 1 << 24
 """Entries looked at together when a whole file is checked."""
+FINGERPRINT_PIECES, FINGERPRINT_PIECE = 256, 1024
+"""Pieces of a file that its fingerprint covers, and the tokens in one."""
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:
@@ -105,6 +107,21 @@ class IndexedTokens:
         inside = sequences < len(self._pointers)
         starts[inside] = self._pointers[sequences[inside]] // self.tokens.dtype.itemsize
         return starts
+
+    def fingerprint(self) -> str:
+        """A hash of all lengths and of 256 pieces of the tokens, spread evenly.
+
+        It tells apart files that were written from other text, in another order or with another
+        tokenizer, in the time of reading the index; `verify_checksums` reads everything.
+        """
+        digest = hashlib.sha256(f"{self.tokens.dtype.str} {self.num_tokens}".encode())
+        for values in (self._pointers, self._bounds):
+            for first in range(0, len(values), CHUNK):
+                digest.update(values[first : first + CHUNK].tobytes())
+        last = max(self.num_tokens - FINGERPRINT_PIECE, 0)
+        for start in np.unique(np.linspace(0, last, FINGERPRINT_PIECES).astype(np.int64)):
+            digest.update(self.tokens[start : start + FINGERPRINT_PIECE].tobytes())
+        return digest.hexdigest()
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document, all its sequences joined; a view of the memory map."""
@@ -252,8 +269,9 @@ def id_range(data: IndexedTokens) -> tuple[int, int]:
     cache = Path(data.prefix + ".scan.json")
     try:
         known = json.loads(cache.read_text())
-        if known["key"] == key:
-            return known["low"], known["high"]
+        low, high = known["low"], known["high"]
+        if known["key"] == key and type(low) is int and type(high) is int:
+            return low, high
     except (OSError, ValueError, KeyError, TypeError):
         pass
     pieces = [data.tokens[i : i + CHUNK] for i in range(0, data.num_tokens, CHUNK)]

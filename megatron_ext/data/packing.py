@@ -108,6 +108,18 @@ class PackedDataset:
         self._lock = Lock()
 
     @property
+    def identity(self) -> dict[str, str | int]:
+        """What the samples depend on beside flags: which documents of what file."""
+        return {
+            "prefix": self._data.prefix,
+            "documents": self._data.num_documents,
+            "tokens": self._data.num_tokens,
+            "first document": self._first,
+            "last document": self._last,
+            "fingerprint": self._data.fingerprint(),
+        }
+
+    @property
     def bytes_per_token(self) -> float | None:
         """UTF-8 bytes of text per token, taken over the whole file; None where it is unknown."""
         return self._data.bytes_per_token

@@ -79,6 +79,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,
         calculate_per_token_loss=True,
+        deterministic_mode=config.resilience.deterministic,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method if full_recompute else None,
         recompute_num_layers=parallel.recompute_num_layers if full_recompute else None,

@@ -24,6 +24,7 @@ from megatron_ext.optim.laprop import AdamW, LaProp
 from megatron_ext.optim.schedule import LearningRateSchedule
 from megatron_ext.parallel.cpu import enable_cpu
 from megatron_ext.parallel.groups import device_of_rank
+from megatron_ext.parallel.versions import gradients_for_norm
 
 enable_cpu()
 
@@ -164,7 +165,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
 
     megatron-core's own function takes float32 gradients only; pure bfloat16 has others.
     """
-    gradients = optimizer.get_main_grads_for_grad_norm()
+    gradients = gradients_for_norm(optimizer)
     device = device_of_rank()
     total = torch.zeros((), dtype=torch.float32, device=device)
     if gradients:

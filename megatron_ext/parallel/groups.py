@@ -28,6 +28,22 @@ def device_of_rank() -> torch.device:
     return torch.device("cpu")
 
 
+def refuse_stale_store() -> None:
+    """Raise under `torchrun --max-restarts` where a restarted rank would not find the others.
+
+    torchrun keeps one store for all starts, in which ranks read the addresses of the start before
+    (pytorch issue 135712); found when the first fault is survived, unless it is asked beforehand.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"torchrun --max-restarts is {restarts}: restarted ranks would meet in a store that has "
+            "the addresses of those before them. Start torchrun with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment (and --standalone or "
+            "--rdzv-backend c10d), or without --max-restarts."
+        )
+
+
 def initialize_distributed(parallel: ParallelConfig) -> None:
     """Join the group that torchrun describes in the environment, or one of a single rank."""
     device = device_of_rank()
@@ -42,6 +58,7 @@ def initialize_distributed(parallel: ParallelConfig) -> None:
         backend == "gloo" or device.type == "cuda", "distributed_backend", backend,
         "there is no CUDA device; use gloo.",
     )  # fmt: skip
+    refuse_stale_store()
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if "RANK" in os.environ:
         torch.distributed.init_process_group(backend, timeout=timeout)

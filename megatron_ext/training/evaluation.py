@@ -8,6 +8,7 @@ the mean over sequences.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,12 @@ def evaluate(
     config: Config,
     groups: ProcessGroupCollection,
     device: torch.device,
+    progress: Callable[[], None] | None = None,
 ) -> ValidationResult:
-    """Evaluate the first `num_sequences` of the source's data. Every rank calls this together."""
+    """Evaluate the first `num_sequences` of the source's data. Every rank calls this together.
+
+    `progress` is called for every micro-batch of sequences.
+    """
     draws = 1 if config.diffusion.objective == "ar" else config.training.eval_draws
     size, position = config.training.micro_batch_size, source.position
     # Interleaved schedules want a multiple of the pipeline size; draws of -1 fill it up.
@@ -50,6 +55,8 @@ def evaluate(
     reports = []
     moments = torch.zeros(3, dtype=torch.float64, device=device)
     for start in range(0, num_sequences, size * position.dp_size):
+        if progress is not None:
+            progress()
         first = start + position.dp_rank * size
         rows = [i if i < num_sequences else -1 for i in range(first, first + size)]
         absent = [-1] * size

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -45,15 +48,16 @@ class MetricsLog:
     """Writes records of a run where this process is the one to do so."""
 
     def __init__(self, config: Config, *, is_writer: bool, first_step: int) -> None:
-        self.is_writer = is_writer
+        self.is_writer, self.config = is_writer, config
         self.bar: tqdm | None = None
-        self.jsonl = self.tensorboard = self.wandb = None
+        self.jsonl = self.events = self.tensorboard = self.wandb = None
+        self.has_complained = False
         if not is_writer:
             return
         if config.checkpoint.save is not None:
             root = Path(config.checkpoint.save)
             root.mkdir(parents=True, exist_ok=True)
-            self.jsonl = (root / "metrics.jsonl").open("a", buffering=1)
+            self.jsonl, self.events = _appended(root / "metrics.jsonl"), root / "events.jsonl"
         self._open_tensorboard(config)
         if config.logging.wandb_project is not None:
             self._open_wandb(config)
@@ -97,19 +101,58 @@ class MetricsLog:
         """Write values of `step` (completed updates) everywhere but the console."""
         if not self.is_writer:
             return
-        if self.jsonl is not None:
-            line = {"step": step, "time": round(time.time(), 3), **values}
-            self.jsonl.write(json.dumps(line, allow_nan=True) + "\n")
-        if self.tensorboard is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.tensorboard.add_scalar(name, value, step)
+        with self._tolerant():
+            if self.jsonl is not None:
+                line = {"step": step, "time": round(time.time(), 3), **values}
+                self.jsonl.write(json.dumps(line, allow_nan=True) + "\n")
+        with self._tolerant():
+            self._record_for_tensorboard(step, values)
         if self.wandb is not None:
             self.wandb.log(dict(values), step=step)
+
+    def _record_for_tensorboard(self, step: int, values: Mapping[str, Any]) -> None:
+        if self.tensorboard is None:
+            self._open_tensorboard(self.config)
+        writer, self.tensorboard = self.tensorboard, None
+        if writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, step)
+        # One that raised is not used again: it says the same for ever.
+        self.tensorboard = writer
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Something out of the ordinary, as a line of events.jsonl."""
+        if self.is_writer and self.events is not None:
+            line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
+            with self._tolerant(), _appended(self.events) as file:
+                file.write(json.dumps(line, allow_nan=True) + "\n")
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """A full disk costs records, not the run."""
+        try:
+            yield
+            self.has_complained = False
+        except OSError as error:
+            if not self.has_complained:
+                self.message(f"metrics are not written: {error}")
+            self.has_complained = True
 
     def close(self) -> None:
         for sink in (self.bar, self.jsonl, self.tensorboard):
             if sink is not None:
-                sink.close()
+                with self._tolerant():
+                    sink.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _appended(path: Path) -> TextIO:
+    """The file opened to append whole lines, though a killed run may have left half of one."""
+    file = path.open("a+b")
+    is_cut = file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) and file.read() != b"\n"
+    text = TextIOWrapper(file, line_buffering=True)
+    if is_cut:
+        text.write("\n")
+    return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,12 +13,16 @@ from megatron_ext.presets import total_parameters
 from megatron_ext.scaling.flops import model_flops_per_token, peak_flops
 from megatron_ext.training.evaluation import ValidationResult
 from megatron_ext.training.metrics import MetricsLog, averages
+from megatron_ext.training.sequences import SequenceReport
 from megatron_ext.training.step import LossSums
 
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate  # isort: skip
 
 if TYPE_CHECKING:
     from megatron_ext.training.loop import StepResult, Trainer
+
+NUM_SEQUENCES_SHOWN = 5
+"""Sequences of a step out of the ordinary on the console; events.jsonl has all."""
 
 
 class Reporter:
@@ -60,10 +64,6 @@ class Reporter:
             self.sums += result.sums.pack()
         else:
             self.total_skipped += 1
-            self.message(
-                f"step {position.step}: skipped, loss or gradient is not finite "
-                f"(gradient norm {result.grad_norm})"
-            )
         count = max(result.sums.count.item(), 1.0)
         self.log.advance(result.sums.loss.item() / count)
         at_end = position.step == self.config.training.train_iters
@@ -85,6 +85,34 @@ class Reporter:
             f"{values['perf/tokens_per_s']:,.0f} tokens/s"
         )
         self._reset()
+
+    def out_of_the_ordinary(
+        self, result: StepResult, sequences: list[SequenceReport], action: str
+    ) -> None:
+        """A spike or a step that is not finite: which samples, at which noise levels."""
+        step, sums = self.trainer.position.step, result.sums
+        if result.spike is not None:
+            kind, reason = "spike", f"{result.spike}"
+        else:
+            kind = "bad_step"
+            reason = f"loss or gradient is not finite (gradient norm {result.grad_norm})"
+        self.message(f"step {step}: {reason}; {action}")
+        worst = sorted(sequences, key=lambda report: -report.badness)
+        for report in worst[:NUM_SEQUENCES_SHOWN]:
+            self.message(f"  {report}")
+        values = {
+            "action": action,
+            "loss": sums.loss.item() / max(sums.count.item(), 1.0),
+            "grad_norm": result.grad_norm,
+            "spike": None if result.spike is None else result.spike._asdict(),
+            "sequences": [report._asdict() for report in worst],
+        }
+        self.log.event(kind, step, values)
+
+    def event(self, kind: str, text: str, **values: Any) -> None:
+        """Say and record something out of the ordinary."""
+        self.message(text)
+        self.log.event(kind, self.trainer.position.step, {"message": text, **values})
 
     def _speed(self) -> dict[str, float]:
         config = self.config

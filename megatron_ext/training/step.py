@@ -88,6 +88,7 @@ def _loss_function(
     loss = torch.where(batch.loss_mask, losses.loss, 0.0).sum()
     report = {
         "sums": sum_losses(losses, batch, config),
+        "loss_by_sequence": torch.where(batch.loss_mask, losses.loss.detach().double(), 0.0).sum(1),
         "elbo_by_sequence": torch.where(batch.loss_mask, losses.elbo.double(), 0.0).sum(1),
         "count_by_sequence": batch.loss_mask.sum(1),
     }
