@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_ext"
 LEVELS = [
-    {"config", "presets", "cli", "measure"},
+    {"config", "presets", "cli", "measure", "doctor"},
     {"diffusion", "kernels", "scaling"},
     {"parallel"},
     {"data", "model", "optim", "checkpoint"},
@@ -24,7 +24,17 @@ LEVELS = [
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 STANDALONE = {"hf"}
 """Parts that import nothing of ours and are imported by name only."""
-WITHOUT_MEGATRON = ("config", "presets", "cli", "diffusion", "kernels", "hf", "scaling", "measure")
+WITHOUT_MEGATRON = (
+    "config",
+    "presets",
+    "cli",
+    "diffusion",
+    "kernels",
+    "hf",
+    "scaling",
+    "measure",
+    "doctor",
+)
 SOURCES = sorted(
     path
     for folder in (PACKAGE, ROOT / "tools", ROOT / "tests", ROOT / "examples")

@@ -80,19 +80,19 @@ class PlainReader(FileSystemReader):
         return read_metadata(Path(self.path))
 
 
+_ONLY, _NOT_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
 @contextmanager
 def plain_values_only() -> Iterator[None]:
     """Within it every `torch.load` of this process takes tensors and plain values, no code."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    before = {name: os.environ.pop(name, None) for name in (_ONLY, _NOT_ONLY)}
+    os.environ[_ONLY] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        del os.environ[_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 @contextmanager

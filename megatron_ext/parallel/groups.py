@@ -37,8 +37,8 @@ def refuse_stale_store() -> None:
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError(
-            f"torchrun --max-restarts is {restarts}: restarted ranks would meet in a store that has "
-            "the addresses of those before them. Start torchrun with "
+            f"torchrun --max-restarts is {restarts}: restarted ranks would meet in a store with "
+            "the addresses of those before. Start torchrun with "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment (and --standalone or "
             "--rdzv-backend c10d), or without --max-restarts."
         )

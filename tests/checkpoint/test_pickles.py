@@ -126,8 +126,11 @@ def test_export_refuses_malicious_metadata_by_name(copy: Path, tmp_path: Path) -
     assert not (tmp_path / "ran").exists()
 
 
-def test_plain_values_only_holds_for_those_who_ask_for_more(tmp_path: Path) -> None:
+def test_plain_values_only_holds_for_those_who_ask_for_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     witness = tmp_path / "ran"
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     contents = saved_by_torch(Evil(witness))
     with plain_values_only(), pytest.raises(pickle.UnpicklingError):
         torch.load(io.BytesIO(contents), weights_only=False)
