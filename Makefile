@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-transformers lint bench clean
+.PHONY: help install quickstart test test-transformers test-latest lint bench clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ test: $(INSTALLED)  ## Run the test suite
 test-transformers: $(INSTALLED)  ## Test the exported model's code with other versions of transformers
 	$(BIN)/python -m tests.hf.environments 4.53.3 4.57.6
 
+test-latest: $(INSTALLED)  ## Run the test suite with the newest megatron-core (needs Python 3.12, several GB)
+	$(BIN)/python -m tests.latest $(ARGS)
+
 lint: $(INSTALLED)  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,4 +37,4 @@ bench: $(INSTALLED)  ## Run all benches; writes their tables into docs/performan
 	$(BIN)/python -m megatron_ext.measure run
 
 clean:  ## Remove the environment and everything the quickstart made
-	rm -rf $(VENV) build/transformers-* data/quickstart runs/quickstart
+	rm -rf $(VENV) build/transformers-* build/latest-* data/quickstart runs/quickstart

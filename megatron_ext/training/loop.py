@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -99,13 +100,15 @@ class Trainer:
     source: BatchSource
     model: list[Any]
     optimizer: Any
-    spikes: LossSpikes
-    data_identity: list[dict[str, Any]] | None
-    """What the training data is, to recognise it after a restart; same on all ranks."""
     position: Position = Position(0, 0, 0)
-    _agreed_loss: float = 0.0
+    data_identity: list[dict[str, Any]] | None = None
+    """What the training data is, to recognise it after a restart; same on all ranks."""
     notes: list[str] = field(default_factory=list)
     """What loading has to say: damaged checkpoints, changes since the checkpoint."""
+
+    def __post_init__(self) -> None:
+        self.spikes = LossSpikes(self.config.resilience)
+        self._agreed_loss = 0.0
 
     @classmethod
     def build(cls, config: Config) -> Trainer:
@@ -125,7 +128,7 @@ class Trainer:
         torch.distributed.broadcast_object_list(identity, src=0)
         return cls(
             config, groups, device_of_rank(), vocabulary, data, source, model, optimizer,
-            LossSpikes(config.resilience), identity[0],
+            data_identity=identity[0],
         )  # fmt: skip
 
     def load(self) -> None:
@@ -278,13 +281,14 @@ def train(config: Config) -> int:
     save = config.checkpoint.save
     refuse_foreign_folder(config.checkpoint)
     refuse_unwritable(save)
+    if os.environ.get("RANK", "0") == "0":
+        forget_exit(save)
     with Watchdog(config) as watchdog:
         trainer = Trainer.build(config)
         refuse_unshared(save)
         watchdog.beat("loading")
         trainer.load()
         if is_first_rank() and save is not None:
-            forget_exit(save)
             dump_config(config, Path(save) / "config.yaml")
         log = MetricsLog(config, is_writer=is_first_rank(), first_step=trainer.position.step)
         run = Run(

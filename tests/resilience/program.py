@@ -210,6 +210,19 @@ def fill_disk(rank: int, folder: str, room_in_step: dict[int, int]) -> None:
         after_step(step, lambda room=room: leave(room))
 
 
+def on_a_disk_of_its_own(rank: int, struck: int, folder: str) -> None:
+    """The rank sees another file system where the others see `folder`, as a node does that does
+    not share it."""
+    if rank != struck:
+        return
+    from megatron_ext.training import folders
+
+    libc, new_mounts, private = ctypes.CDLL(None, use_errno=True), 0x20000, 0x44000
+    assert libc.unshare(new_mounts) == 0 and libc.mount(b"none", b"/", None, private, None) == 0
+    assert libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=1m") == 0
+    folders._SECONDS_UNTIL_VISIBLE = 1.0
+
+
 def spike(rank: int, struck: int, forward: int, factor: float) -> None:
     """The loss of one forward pass of one rank is so many times as large, once."""
     from torch.nn.modules.module import register_module_forward_hook

@@ -116,6 +116,19 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path)
         assert "--save is " in line and "cannot write there: Not a directory" in line
 
 
+def test_a_folder_that_a_node_does_not_share_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    run = tmp_path / "run"
+    run.mkdir()
+    flags = [*FLAGS, *MOCK, *folders(run), "--hang-timeout-minutes", "1"]
+    ended = run_program(tmp_path / "logs", flags, program.on_a_disk_of_its_own, 1, str(run))
+    assert ended.codes == [2, 2], ended.output
+    for said in ended.output:
+        assert "do not see there what rank 0 writes" in said
+    assert list(run.iterdir()) == []
+
+
 def test_damaged_checkpoints_are_passed_over_and_the_run_goes_on(whole: Path, copy: Path) -> None:
     shutil.rmtree(copy / "iter_0000008")
     shard = max((copy / "iter_0000006").glob("*.distcp"), key=lambda path: path.stat().st_size)

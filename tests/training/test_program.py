@@ -72,4 +72,6 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("pretrain_diffusion.py: ") and message in line
     assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    # A CUDA build of torch where there is no GPU has something to say itself.
+    lines = [x for x in done.stderr.strip().splitlines() if "No CUDA runtime is found" not in x]
+    assert len(lines) == 1, done.stderr
