@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from megatron_ext.scaling.launch import read_metrics, state_of
 from megatron_ext.scaling.ladder import Plan, Run
+from megatron_ext.scaling.launch import read_metrics, state_of
 
 DIVERGED_RATIO = 1.2
 """A run whose last bound exceeds its best by this factor counts as diverged."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from megatron_ext.scaling.powerlaw import PowerLaw, law_of_draws
+from megatron_ext.scaling.powerlaw import PowerLaw, law_of_draws, robust_lines
 from megatron_ext.scaling.resampling import Scatter, scatter_of
 from megatron_ext.scaling.study import Convention
 
@@ -165,10 +165,8 @@ class _Parabolas:
 
     def coefficients(self, values: np.ndarray) -> np.ndarray:
         """Of values [..., runs, c] -> [..., c, 3]."""
-        return np.stack(
-            [values[..., r, c] @ m.T for c, (r, m) in enumerate(zip(self.rows, self.maps, strict=True))],
-            axis=-2,
-        )  # fmt: skip
+        pairs = enumerate(zip(self.rows, self.maps, strict=True))
+        return np.stack([values[..., r, c] @ m.T for c, (r, m) in pairs], axis=-2)
 
     def fitted(self, coefficients: np.ndarray, num_runs: int) -> np.ndarray:
         values = np.full((num_runs, len(self.rows)), np.nan)
@@ -284,7 +282,8 @@ def _add_laws(result: Frontier, draws: dict, origin: tuple) -> None:
             + f"; {MIN_BUDGETS} that span a factor {MIN_SPAN:g} are needed"
         )
         return
-    both = draws["flops_per_token"][1][2][:, kept].all(1) & draws["parameters"][1][2][:, kept].all(1)
+    valid = [draws[name][1][2][:, kept].all(1) for name in ("flops_per_token", "parameters")]
+    both = valid[0] & valid[1]
     best, many = (
         _quantities(
             tuple(part[..., kept] for part in draws["flops_per_token"][i]),
@@ -304,8 +303,6 @@ def _add_laws(result: Frontier, draws: dict, origin: tuple) -> None:
 
 def _loss_of_tokens(laws: dict[str, PowerLaw], budgets: np.ndarray, many: dict) -> PowerLaw:
     """L*(D*) along the frontier: exponent alpha_L / alpha_D, from joint resamples."""
-    from megatron_ext.scaling.powerlaw import robust_lines
-
     log_c = np.log(budgets)
     loss, tokens = (robust_lines(log_c, np.log(many[name])) for name in ("loss", "tokens"))
     exponents = loss[:, 1] / tokens[:, 1]

@@ -19,9 +19,7 @@ from megatron_ext.presets import transformer_parameters
 from megatron_ext.scaling.flops import model_flops_per_token, paper_flops_per_token
 from megatron_ext.scaling.study import Sections, Study
 
-SECTION_TYPES = {
-    name: field.default_factory for name, field in Config.__dataclass_fields__.items()
-}
+SECTION_TYPES = {name: field.default_factory for name, field in Config.__dataclass_fields__.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,9 +194,12 @@ def _runs_of(
         total_flops=_cost(cell, steps, vocab_size), folder=folder,
     )  # fmt: skip
     save_interval = math.gcd(*(start for start, _ in branches)) if branches else 0
-    yield run, config.with_sections(
-        training={"train_iters": steps, "eval_interval": interval},
-        checkpoint={"save": folder, "load": folder, "save_interval": save_interval},
+    yield (
+        run,
+        config.with_sections(
+            training={"train_iters": steps, "eval_interval": interval},
+            checkpoint={"save": folder, "load": folder, "save_interval": save_interval},
+        ),
     )
     for start, end in branches:
         child = f"{name}-anneal{end}"

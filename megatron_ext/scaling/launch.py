@@ -1,8 +1,8 @@
 """Run a plan: here with bounded concurrency, as a SLURM array, or as a list of commands.
 
 A run's folder tells its state: metrics.jsonl with the last step's validation (finished), exit_code
-(what its command returned), `latest` (a checkpoint to go on from). Starting again continues what was
-interrupted and leaves alone what is finished, so every way of running may be repeated and mixed.
+(what its command returned), `latest` (a checkpoint to go on from). Starting again continues what
+was interrupted and leaves alone what is finished, so every way may be repeated and mixed.
 """
 
 from __future__ import annotations
@@ -89,9 +89,11 @@ def due(plan: Plan, *, retry_failed: bool = False) -> list[Run]:
     return [run for run in in_order(plan) if state_of(run) not in done]
 
 
-def commands(plan: Plan, command: Sequence[str] = DEFAULT_COMMAND) -> list[str]:
+def commands(
+    plan: Plan, command: Sequence[str] = DEFAULT_COMMAND, *, retry_failed: bool = False
+) -> list[str]:
     """Shell lines of all runs that are due; a branch comes after its parent."""
-    return [command_of(run, plan, command) for run in due(plan)]
+    return [command_of(run, plan, command) for run in due(plan, retry_failed=retry_failed)]
 
 
 def launch_local(
@@ -163,15 +165,18 @@ def write_slurm(
     jobs: int,
     command: Sequence[str] = DEFAULT_COMMAND,
     directives: Sequence[str] = (),
+    *,
+    retry_failed: bool = False,
 ) -> list[Path]:
     """One array script for runs that are due, a second one for annealing branches, if any.
 
     Submit the second with --dependency=afterok:ID of the first; the paths are in that order.
     """
     folder, scripts = Path(plan.output), []
+    all_due = due(plan, retry_failed=retry_failed)
     for kind, runs in {
-        "runs": [run for run in due(plan) if run.parent is None],
-        "branches": [run for run in due(plan) if run.parent is not None],
+        "runs": [run for run in all_due if run.parent is None],
+        "branches": [run for run in all_due if run.parent is not None],
     }.items():
         if not runs:
             continue

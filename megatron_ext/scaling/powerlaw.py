@@ -14,7 +14,7 @@ import numpy as np
 
 Z95 = 1.959963984540054
 HUBER = 1.345
-"""Residuals beyond this many robust standard deviations lose weight: 95 % efficient on Gaussians."""
+"""Residuals beyond so many robust standard deviations lose weight; 95 % efficient on Gaussians."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +112,7 @@ def law_of_draws(x: np.ndarray, y: np.ndarray, draws: np.ndarray) -> PowerLaw:
     )  # fmt: skip
 
 
-def fit_power_law(
-    x: np.ndarray, y: np.ndarray, num_draws: int = 2000, seed: int = 0
-) -> PowerLaw:
+def fit_power_law(x: np.ndarray, y: np.ndarray, num_draws: int = 2000, seed: int = 0) -> PowerLaw:
     """The law of independent points, with the bootstrap over points that the paper uses.
 
     Needs three different x; `ValueError` otherwise.

@@ -16,40 +16,80 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Scatter:
-    """Noise of log loss."""
+    """Noise of log loss: autoregressive along a run, plus an offset per run where it is known."""
 
     sigma: float
     correlation: float
     """Of neighbouring horizons of one run."""
     degrees_of_freedom: float
     """Effective, of `sigma`."""
+    offset_sigma: float = 0.0
+    offset_freedom: float = np.inf
 
     def draws(self, num_draws: int, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         """[num_draws, runs, horizons]."""
-        freedom = self.degrees_of_freedom
-        sigma = self.sigma * np.sqrt(freedom / rng.chisquare(freedom, size=(num_draws, 1, 1)))
-        white = rng.standard_normal((num_draws, *shape))
+        noise = rng.standard_normal((num_draws, *shape))
         step = np.sqrt(1 - self.correlation**2)
         for i in range(1, shape[1]):
-            white[..., i] = self.correlation * white[..., i - 1] + step * white[..., i]
-        return sigma * white
+            noise[..., i] = self.correlation * noise[..., i - 1] + step * noise[..., i]
+        if self.offset_sigma == 0:
+            return noise * _redrawn(self.sigma, self.degrees_of_freedom, num_draws, rng)
+        noise -= noise.mean(-1, keepdims=True)
+        noise *= _redrawn(self.sigma, self.degrees_of_freedom, num_draws, rng)
+        offsets = rng.standard_normal((num_draws, shape[0], 1))
+        return noise + offsets * _redrawn(self.offset_sigma, self.offset_freedom, num_draws, rng)
 
 
-def scatter_of(residuals: np.ndarray, num_parameters: float) -> Scatter | None:
-    """Noise from residuals [runs, horizons], NaN where absent, of a fit with `num_parameters`.
+def _redrawn(sigma: float, freedom: float, num_draws: int, rng: np.random.Generator) -> np.ndarray:
+    """[num_draws, 1, 1]: what a standard deviation known to so many degrees of freedom may be."""
+    return sigma * np.sqrt(freedom / rng.chisquare(freedom, size=(num_draws, 1, 1)))
 
-    None where the fit leaves no freedom.
-    """
-    present = np.isfinite(residuals)
-    freedom = present.sum() - num_parameters
-    if freedom <= 0:
-        return None
-    sigma = float(np.sqrt(np.nansum(residuals**2) / freedom))
+
+def _correlation(residuals: np.ndarray) -> float:
+    """Of neighbouring columns of [runs, horizons], NaN where absent."""
     left, right = residuals[:, :-1], residuals[:, 1:]
     both = np.isfinite(left) & np.isfinite(right)
     norm = np.sqrt((left[both] ** 2).sum() * (right[both] ** 2).sum())
-    correlation = float((left[both] * right[both]).sum() / norm) if norm > 0 else 0.0
-    correlation = min(max(correlation, 0.0), 0.98)
-    # Squares of an autoregressive series carry less than their number (Bartlett).
-    effective = freedom * (1 - correlation**2) / (1 + correlation**2)
-    return Scatter(sigma, correlation, max(float(effective), 1.0))
+    value = float((left[both] * right[both]).sum() / norm) if norm > 0 else 0.0
+    return min(max(value, 0.0), 0.98)
+
+
+def _effective(freedom: float, correlation: float) -> float:
+    """Squares of an autoregressive series carry less than their number (Bartlett)."""
+    return max(float(freedom * (1 - correlation**2) / (1 + correlation**2)), 1.0)
+
+
+def scatter_of(residuals: np.ndarray, num_parameters: float) -> Scatter | None:
+    """Noise from residuals [runs, horizons], NaN where absent, of fits at each horizon.
+
+    `num_parameters` of all fits together; None where they leave no freedom.
+    """
+    freedom = np.isfinite(residuals).sum() - num_parameters
+    if freedom <= 0:
+        return None
+    sigma = float(np.sqrt(np.nansum(residuals**2) / freedom))
+    correlation = _correlation(residuals)
+    return Scatter(sigma, correlation, _effective(freedom, correlation))
+
+
+def scatter_of_surface(residuals: np.ndarray, between: int, within: int) -> Scatter | None:
+    """Noise from residuals [runs, horizons] of one smooth fit over runs and horizons together.
+
+    The fit's `between` parameters follow the differences between runs, `within` those along them.
+    What is common to a run is its offset, known to runs - between degrees of freedom only.
+    """
+    runs, horizons = residuals.shape
+    if runs <= between:
+        return None
+    means = residuals.mean(1, keepdims=True)
+    deviations = residuals - means
+    correlation = _correlation(deviations)
+    lags = np.abs(np.subtract.outer(np.arange(horizons), np.arange(horizons)))
+    # Of a unit series, what is left of its variance about its own mean.
+    left = 1 - (correlation**lags).mean()
+    freedom = runs * (horizons - 1) - within
+    variance = (deviations**2).sum() / freedom * (horizons - 1) / horizons / left
+    return Scatter(
+        float(np.sqrt(variance)), correlation, _effective(freedom, correlation),
+        float(np.sqrt((means**2).sum() / (runs - between))), runs - between,
+    )  # fmt: skip

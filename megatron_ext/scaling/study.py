@@ -120,9 +120,7 @@ def _numbers(where: str, value: Any, kind: type) -> tuple:
         numbers = tuple(float(v) for v in values)
     except (TypeError, ValueError) as error:
         raise _refuse(where, value, "expected numbers.") from error
-    if not all(number >= 0 for number in numbers) or (
-        kind is int and any(n % 1 for n in numbers)
-    ):
+    if not all(number >= 0 for number in numbers) or (kind is int and any(n % 1 for n in numbers)):
         raise _refuse(where, value, f"expected non-negative numbers ({kind.__name__}).")
     return tuple(kind(number) for number in numbers)
 
