@@ -10,9 +10,13 @@ from megatron_ext.cli import load_config
 from megatron_ext.config import ModelConfig
 from megatron_ext.diffusion.noising import PUBLISHED_NOISE
 from megatron_ext.presets import MODEL_PRESETS, total_parameters, transformer_parameters
+from megatron_ext.scaling.ladder import make_plan
+from megatron_ext.scaling.study import read_study
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
+YAML_FILES = sorted((ROOT / "examples").rglob("*.yaml"))
+STUDIES = [path for path in YAML_FILES if "\nrecipe: " in path.read_text()]
+RECIPES = [path for path in YAML_FILES if path not in STUDIES]
 PAPER_RECIPES = sorted((ROOT / "examples/configs").glob("gidd-*.yaml"))
 PAPER_TOKENS = {"gidd-mask-3b": 73.9e9, "gidd-unif-3b": 70.8e9, "gidd-unif-10b": 182.5e9}
 
@@ -21,6 +25,12 @@ PAPER_TOKENS = {"gidd-mask-3b": 73.9e9, "gidd-unif-3b": 70.8e9, "gidd-unif-10b":
 def test_recipe_is_a_valid_configuration(recipe: Path) -> None:
     config = load_config(recipe)
     assert config.num_microbatches(config.parallel.model_parallel_size) >= 1
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study_can_be_planned(path: Path) -> None:
+    plan, configs = make_plan(read_study(path))
+    assert len(plan.runs) == len(configs) > 1
 
 
 @pytest.mark.parametrize("recipe", PAPER_RECIPES, ids=lambda path: path.stem)

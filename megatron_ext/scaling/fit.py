@@ -36,8 +36,8 @@ def checked(table: pd.DataFrame) -> pd.DataFrame:
     double = table[table.duplicated(["run", "step"])]
     if len(double):
         raise ValueError(
-            f"the table has {double.iloc[0]['run']} at step {double.iloc[0]['step']} twice; collect "
-            "it again."
+            f"the table has {double.iloc[0]['run']} at step {double.iloc[0]['step']} twice; "
+            "collect it again."
         )
     usable = table[(table["state"] != "diverged") & np.isfinite(table["loss"])]
     if usable.empty:

@@ -230,20 +230,20 @@ def fit_frontier(
 
 
 def _quantities(vertex: tuple, size_vertex: tuple, budgets: np.ndarray, origin: tuple) -> dict:
-    """M, D, P, L [..., c] of vertices."""
-    per_token = np.exp(vertex[0] + origin[0])
-    return {
-        "flops_per_token": per_token, "tokens": budgets / per_token,
-        "parameters": np.exp(size_vertex[0] + origin[1]), "loss": np.exp(vertex[1]),
-    }  # fmt: skip
+    """M, D, P, L [..., c] of vertices; those of flat parabolas are anything."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        per_token = np.exp(vertex[0] + origin[0])
+        return {
+            "flops_per_token": per_token, "tokens": budgets / per_token,
+            "parameters": np.exp(size_vertex[0] + origin[1]), "loss": np.exp(vertex[1]),
+        }  # fmt: skip
 
 
 def _minima(
     budgets: np.ndarray, counts: np.ndarray, coefficients: np.ndarray, draws: dict, origin: tuple
 ) -> list[Minimum]:
-    with np.errstate(over="ignore", invalid="ignore"):
-        best = _quantities(draws["flops_per_token"][0], draws["parameters"][0], budgets, origin)
-        many = _quantities(draws["flops_per_token"][1], draws["parameters"][1], budgets, origin)
+    best = _quantities(draws["flops_per_token"][0], draws["parameters"][0], budgets, origin)
+    many = _quantities(draws["flops_per_token"][1], draws["parameters"][1], budgets, origin)
     inside = draws["flops_per_token"][1][2]
     minima = []
     for c, budget in enumerate(budgets):
@@ -271,8 +271,9 @@ def _add_laws(result: Frontier, draws: dict, origin: tuple) -> None:
     for minimum in result.minima:
         if not minimum.is_identified:
             result.refusals.append(
-                f"budget {minimum.budget:.3g}: the minimum over {minimum.num_sizes} sizes is convex "
-                f"and inside them in {minimum.share_inside:.0%} of the resamples (95 % needed)"
+                f"budget {minimum.budget:.3g}: the minimum over {minimum.num_sizes} sizes is "
+                f"convex and inside them in {minimum.share_inside:.0%} of the resamples (95 % "
+                "needed)"
             )
     budgets = np.array([result.minima[c].budget for c in kept])
     if len(kept) < MIN_BUDGETS or budgets.max() / budgets.min() < MIN_SPAN:

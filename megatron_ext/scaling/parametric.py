@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.optimize import least_squares
 
 from megatron_ext.scaling.powerlaw import HUBER
-from megatron_ext.scaling.resampling import Scatter, scatter_of_surface
+from megatron_ext.scaling.resampling import Scatter, bias_corrected, scatter_of_surface
 
 NUM_HORIZONS = 8
 LOWER = np.array([-40.0, 0.02, -40.0, 0.02, -40.0])
@@ -121,11 +121,11 @@ def fit_parametric(
     theta, _ = _solve(n, d, y, best[0], scale)
     fitted = _model(theta, n, d)[0]
     residual = y - fitted
-    # Between runs differ A, a and E; along them B, b.
-    scatter = scatter_of_surface(residual.reshape(points.log_loss.shape), between=3, within=2)
+    jacobian = _model(theta, n, d)[1]
+    scatter = scatter_of_surface(residual.reshape(points.log_loss.shape), jacobian)
     if scatter is None:
         return ParametricLaw(
-            refusals=["three runs leave nothing to judge the fit by; train a fourth size or a seed"]
+            refusals=["so few runs leave nothing to judge the fit by; train another size or seed"]
         )
     draws = _draws(points, centre, theta, fitted, scatter, scale, num_draws, seed)
     return _report(theta, draws, centre, residual)
@@ -157,8 +157,7 @@ def _report(
     law = ParametricLaw(
         values={name: float(values[name]) for name in NAMES},
         intervals={
-            name: tuple(float(v) for v in np.percentile(many[name], [2.5, 97.5]))  # type: ignore[misc]
-            for name in NAMES
+            name: bias_corrected(float(values[name]), many[name]) for name in NAMES
         },
         rms_residual=float(np.sqrt((residual**2).mean())), num_points=len(residual),
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from megatron_ext.config import ModelConfig
@@ -122,13 +123,19 @@ def predict(laws: Laws, flops: float | None = None, tokens: float | None = None)
     return result
 
 
-def aspect_of(parameters: float) -> float:
-    """Width over layers at a size: between those of the paper's shapes, in log parameters."""
-    points = sorted(
+@cache
+def _aspects() -> list[tuple[float, float]]:
+    """(log parameters, width over layers) of the paper's shapes."""
+    return sorted(
         (math.log(transformer_parameters(ModelConfig(**shape))),
          shape["hidden_size"] / shape["num_layers"])
         for shape in MODEL_PRESETS.values()
     )  # fmt: skip
+
+
+def aspect_of(parameters: float) -> float:
+    """Width over layers at a size: between those of the paper's shapes, in log parameters."""
+    points = _aspects()
     x = math.log(parameters)
     if x <= points[0][0]:
         return points[0][1]
@@ -136,6 +143,17 @@ def aspect_of(parameters: float) -> float:
         if x <= x1:
             return y0 + (y1 - y0) * (x - x0) / max(x1 - x0, 1e-9)
     return points[-1][1]
+
+
+def _shape(layers: int, width: int, head_width: int, seq_length: int) -> ModelConfig:
+    return ModelConfig(
+        num_layers=layers, hidden_size=width, num_attention_heads=width // head_width,
+        seq_length=seq_length,
+    )  # fmt: skip
+
+
+def _size(shape: ModelConfig, by_flops: bool) -> float:
+    return paper_flops_per_token(shape) if by_flops else float(transformer_parameters(shape))
 
 
 def shape_for(prediction: Prediction, seq_length: int) -> ModelConfig:
@@ -148,16 +166,11 @@ def shape_for(prediction: Prediction, seq_length: int) -> ModelConfig:
         head = 16 if width < 512 else 64 if width < 1536 else 128
         if width % head:
             continue
-        for layers in range(max(width // 200, 1), max(width // 16, 2) + 1):
-            shape = ModelConfig(
-                num_layers=layers, hidden_size=width, num_attention_heads=width // head,
-                seq_length=seq_length,
-            )  # fmt: skip
-            size = transformer_parameters(shape)
-            got = paper_flops_per_token(shape) if by_flops else float(size)
-            misfit = abs(math.log(got / target)) + 0.3 * abs(
-                math.log(width / layers / aspect_of(size))
-            )
+        middle = round(target / _size(_shape(1, width, head, seq_length), by_flops))
+        for layers in range(max(middle - 1, 1), middle + 2):
+            shape = _shape(layers, width, head, seq_length)
+            aspect = width / layers / aspect_of(transformer_parameters(shape))
+            misfit = abs(math.log(_size(shape, by_flops) / target)) + 0.3 * abs(math.log(aspect))
             if best is None or misfit < best[0]:
                 best = misfit, shape
     assert best is not None

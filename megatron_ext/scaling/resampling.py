@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import norm
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def _correlation(residuals: np.ndarray) -> float:
     """Of neighbouring columns of [runs, horizons], NaN where absent."""
     left, right = residuals[:, :-1], residuals[:, 1:]
     both = np.isfinite(left) & np.isfinite(right)
-    norm = np.sqrt((left[both] ** 2).sum() * (right[both] ** 2).sum())
-    value = float((left[both] * right[both]).sum() / norm) if norm > 0 else 0.0
+    size = np.sqrt((left[both] ** 2).sum() * (right[both] ** 2).sum())
+    value = float((left[both] * right[both]).sum() / size) if size > 0 else 0.0
     return min(max(value, 0.0), 0.98)
 
 
@@ -72,24 +73,39 @@ def scatter_of(residuals: np.ndarray, num_parameters: float) -> Scatter | None:
     return Scatter(sigma, correlation, _effective(freedom, correlation))
 
 
-def scatter_of_surface(residuals: np.ndarray, between: int, within: int) -> Scatter | None:
-    """Noise from residuals [runs, horizons] of one smooth fit over runs and horizons together.
+def scatter_of_surface(residuals: np.ndarray, jacobian: np.ndarray) -> Scatter | None:
+    """Noise from residuals [runs, horizons] of one smooth fit with `jacobian` [runs * horizons, p].
 
-    The fit's `between` parameters follow the differences between runs, `within` those along them.
-    What is common to a run is its offset, known to runs - between degrees of freedom only.
+    What is common to a run is its offset. The fit takes part of the offsets for itself: of offsets
+    u the residuals' means are G u with G the run averages of I - J J^+, whence their freedom
+    (Satterthwaite). None where less than one degree is left.
     """
     runs, horizons = residuals.shape
-    if runs <= between:
-        return None
     means = residuals.mean(1, keepdims=True)
     deviations = residuals - means
     correlation = _correlation(deviations)
     lags = np.abs(np.subtract.outer(np.arange(horizons), np.arange(horizons)))
     # Of a unit series, what is left of its variance about its own mean.
     left = 1 - (correlation**lags).mean()
-    freedom = runs * (horizons - 1) - within
+    basis = np.linalg.qr(jacobian)[0].reshape(runs, horizons, -1).sum(1)
+    kept = np.eye(runs) - basis @ basis.T / horizons
+    squared = kept @ kept
+    offset_variance = (means**2).sum() / max(np.trace(squared), 1e-12)
+    offset_freedom = np.trace(squared) ** 2 / max((squared**2).sum(), 1e-12)
+    if np.trace(squared) < 1:
+        return None
+    freedom = runs * (horizons - 1) - jacobian.shape[1]
     variance = (deviations**2).sum() / freedom * (horizons - 1) / horizons / left
     return Scatter(
         float(np.sqrt(variance)), correlation, _effective(freedom, correlation),
-        float(np.sqrt((means**2).sum() / (runs - between))), runs - between,
+        float(np.sqrt(offset_variance)), float(offset_freedom),
     )  # fmt: skip
+
+
+def bias_corrected(value: float, draws: np.ndarray) -> tuple[float, float]:
+    """95 % interval from draws whose median need not be the value (Efron's BC percentiles)."""
+    below = (draws < value).mean() + 0.5 * (draws == value).mean()
+    shift = norm.ppf(np.clip(below, 0.5 / len(draws), 1 - 0.5 / len(draws)))
+    levels = norm.cdf(2 * shift + norm.ppf([0.025, 0.975]))
+    low, high = np.quantile(draws, levels)
+    return float(low), float(high)

@@ -179,8 +179,8 @@ def read_study(path: str | Path) -> Study:
     values: dict[str, Any] = {}
     for name, value in tree.items():
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+            close = difflib.get_close_matches(str(name), known, n=2)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}."
             raise ValueError(f"study file: {path}: unknown name {name!r}; {hint}")
         if name == "recipe":
             preset, sections = read_yaml(path.parent / value)
