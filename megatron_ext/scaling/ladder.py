@@ -124,8 +124,9 @@ class _Cell:
 
 
 def _cells(study: Study) -> Iterator[_Cell]:
-    """Every combination of size, noise, batch size, learning rate and seed, un-annealed."""
-    fixed = {"optimizer": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 0}}
+    """Every combination of size, noise, batch size, learning rate and seed."""
+    constant = {"optimizer": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 0}}
+    fixed = {} if study.keep_schedule else constant
     for size, shape in study.sizes.items():
         for noise, sections in study.noises.items():
             base = build_config(merged(study.recipe, {"model": shape}, sections, fixed))

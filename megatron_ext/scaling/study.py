@@ -85,6 +85,8 @@ class Study:
     points_per_run: int = 24
     """Validations of a run; budgets between them are interpolated."""
     anneal: Anneal | None = None
+    keep_schedule: bool = False
+    """Learning-rate schedules as recipe and noises say, for one horizon; else constant."""
 
     def __post_init__(self) -> None:
         if not self.sizes or not self.noises:
@@ -94,6 +96,11 @@ class Study:
             raise ValueError(
                 "study file: give one of budgets_flops, horizons_tokens, or total_flops alone."
             )
+        if self.keep_schedule and (len(self.horizons_tokens) != 1 or self.anneal):
+            raise _refuse(
+                "keep_schedule", True,
+                "a schedule belongs to one horizon; give one in horizons_tokens, and no anneal.",
+            )  # fmt: skip
         if self.budget_ratio <= 1:
             raise _refuse("budget_ratio", self.budget_ratio, "give a number above 1.")
         if self.convention not in ("paper", "6p"):
