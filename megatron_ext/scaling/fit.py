@@ -22,7 +22,13 @@ import pandas as pd
 from scipy.stats import t as student
 
 from megatron_ext.scaling.annealing import anneal_gain
-from megatron_ext.scaling.frontier import Frontier, default_budgets, fit_frontier, value_at
+from megatron_ext.scaling.frontier import (
+    MIN_SHARE,
+    Frontier,
+    default_budgets,
+    fit_frontier,
+    value_at,
+)
 from megatron_ext.scaling.parametric import fit_parametric
 from megatron_ext.scaling.powerlaw import PowerLaw
 from megatron_ext.scaling.study import Convention
@@ -179,6 +185,18 @@ def _span(interval: Any, digits: int = 4) -> str:
     return f"[{low:.{digits}g}, {high:.{digits}g}]"
 
 
+def _optima(noise: str, rates: list[dict[str, Any]]) -> Iterator[str]:
+    """Best learning rates at the largest horizon, or that they are not inside the sweep."""
+    last = max((rate["tokens"] for rate in rates), default=0)
+    for rate in rates:
+        if rate["tokens"] == last:
+            where = f"{noise}: best learning rate at {rate['batch_tokens']:g} tokens a batch"
+            if rate["share_inside"] >= MIN_SHARE:
+                yield f"{where} {rate['value']:.3g} {_span(rate['interval'], 3)}"
+            else:
+                yield f"{where}: inside the sweep in {rate['share_inside']:.0%} of the resamples"
+
+
 def summary(fits: dict[str, Any]) -> Iterator[str]:
     """Lines for the console: every law with its interval, every refusal with its reason."""
     for noise, entry in fits["noises"].items():
@@ -204,6 +222,7 @@ def summary(fits: dict[str, Any]) -> Iterator[str]:
         for name, value in parametric["values"].items():
             yield f"  {name} {value:.4g} {_span(parametric['intervals'][name])}"
         yield from (f"  refused: {reason}" for reason in parametric["refusals"])
+        yield from _optima(noise, entry["sweep"]["learning_rates"])
         for name, tree in entry["sweep"]["laws"].items():
             law = PowerLaw.from_dict(tree)
             yield f"{noise}: optimal {name} exponent {law.alpha:.4f} {_span(law.alpha_interval)}"

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
 from megatron_ext.cli import load_config
 from megatron_ext.optim.schedule import LearningRateSchedule
 from megatron_ext.scaling import launch as launching
-from megatron_ext.scaling.collect import collect
+from megatron_ext.scaling.collect import collect, read_table, write_table
 from megatron_ext.scaling.ladder import coverage, describe, make_plan, read_plan, write_plan
 from megatron_ext.scaling.study import Anneal, Study, read_study
 
@@ -158,6 +159,7 @@ def test_plan_survives_writing_and_configurations_start_the_runs(tmp_path: Path)
         ({"noises": {"m": {"difusion": {}}}}, "unknown section"),
         ({"noises": {"m": {"diffusion": {"objectiv": "ar"}}}}, "objectiv"),
         ({"anneal": {"share": 0.2}}, "known names"),
+        ({"keep_schedule": True}, "one horizon"),
     ],
 )
 def test_mistakes_in_a_study_file_are_named(
@@ -207,6 +209,19 @@ def test_repeated_validations_keep_the_later_and_are_reported(tmp_path: Path) ->
     table, checks = collect(plan)
     assert list(table["loss"]) == [2.9]
     assert run.name in checks.duplicated
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_table_survives_writing(tmp_path: Path, ending: str) -> None:
+    plan, _ = make_plan(study(tmp_path))
+    for run in plan.runs[:2]:
+        finish(run, {10: 3.25, run.steps: 3.0})
+    table, _ = collect(plan)
+    write_table(table, tmp_path / f"table.{ending}")
+    read = read_table(tmp_path / f"table.{ending}")
+    pd.testing.assert_frame_equal(read, table, check_dtype=False, rtol=1e-7)
+    with pytest.raises(ValueError, match="--table is"):
+        write_table(table, tmp_path / "table.txt")
 
 
 def test_slurm_array_runs_each_line_once(tmp_path: Path) -> None:
