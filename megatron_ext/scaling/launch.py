@@ -21,7 +21,7 @@ from megatron_ext.scaling.ladder import Plan, Run
 
 State = Literal["waiting", "started", "stopped", "finished", "diverged", "failed"]
 DEFAULT_COMMAND = ("python", "pretrain_diffusion.py")
-EXIT_RESUME, EXIT_DIVERGED = 85, 86
+EXIT_RESUME, EXIT_DIVERGED, EXIT_HUNG = 85, 86, 87
 """As in megatron_ext.training.guards."""
 
 
@@ -57,7 +57,7 @@ def state_of(run: Run) -> State:
     code = int(text)
     if code == EXIT_DIVERGED:
         return "diverged"
-    return "stopped" if code in (EXIT_RESUME, 143, 130, -15, -2) else "failed"
+    return "stopped" if code in (EXIT_RESUME, EXIT_HUNG, 143, 130) else "failed"
 
 
 def command_of(run: Run, plan: Plan, command: Sequence[str] = DEFAULT_COMMAND) -> str:
