@@ -13,9 +13,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Objective = Literal["masked", "uniform", "hybrid", "ar"]
+Float8Format = Literal["e4m3", "hybrid"]
+Float8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 
 SHIFT_OF_OBJECTIVE = {"masked": -1000.0, "uniform": 1000.0}
 """Mixing shifts at which the noise is purely masked or purely uniform in float32."""
+
+FP8_ALIGNMENT: dict[Float8Recipe, int] = {
+    "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32,
+}  # fmt: skip
+"""What must divide both dimensions of every operand of a product in FP8."""
 
 
 def flag(name: str) -> str:
@@ -392,6 +399,9 @@ class PrecisionConfig:
     """Tokens whose logits exist at a time; chosen from the vocabulary when absent."""
     compile_layers: bool = False
     """Fuse the layers with torch.compile: minutes at start for a few percent of a step."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Norms and linear layers of the transformer: megatron-core's in plain torch, or Transformer
+    Engine's (CUDA only; needs the transformer-engine package)."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "loss_chunk_size")
@@ -399,6 +409,68 @@ class PrecisionConfig:
             self.master_weights or self.bf16, "master_weights", False,
             "only --bf16 runs have master weights to do without.",
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8Config:
+    """FP8 in the linear layers of the transformer; the rest stays in the run's precision."""
+
+    fp8_format: Float8Format | None = None
+    """FP8 for inputs and weights in E4M3, and gradients in E4M3 (e4m3) or E5M2 (hybrid); absent
+    for no FP8. Needs --transformer-impl transformer_engine or --fp8-emulate."""
+    fp8_recipe: Float8Recipe = "delayed"
+    """Scales: one per tensor from earlier steps or from the tensor itself, one per block of 128, or
+    one per 32 numbers (Blackwell)."""
+    fp8_emulate: bool = False
+    """Round as the recipe would and multiply in float32: its numbers on any machine, slowly."""
+    fp8_param_gather: bool = False
+    """Keep weights in FP8 and gather them so; masters stay in float32."""
+    fp8_margin: int = 0
+    """delayed: scales are smaller by two to this power."""
+    fp8_amax_history_len: int = 1024
+    """delayed: calls whose largest magnitudes are remembered."""
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """delayed: the scale follows the largest of them or the last."""
+    first_last_layers_bf16: bool = False
+    """Leave the first and last layers out of FP8 (not with delayed)."""
+    num_layers_at_start_in_bf16: int = 1
+    """How many first layers --first-last-layers-bf16 means."""
+    num_layers_at_end_in_bf16: int = 1
+    """How many last layers --first-last-layers-bf16 means."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "fp8_amax_history_len")
+        for name in ("fp8_margin", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "give 0 or more.")
+        for name in ("fp8_emulate", "fp8_param_gather", "first_last_layers_bf16"):
+            require(
+                not getattr(self, name) or self.fp8_format is not None, name, True,
+                "give --fp8-format.",
+            )  # fmt: skip
+        require(
+            not (self.first_last_layers_bf16 and self.fp8_recipe == "delayed"),
+            "first_last_layers_bf16", True,
+            "delayed scaling covers all layers; choose another --fp8-recipe.",
+        )  # fmt: skip
+        require(
+            not (self.fp8_emulate and self.fp8_param_gather), "fp8_param_gather", True,
+            "emulated weights stay in the run's precision; leave it out with --fp8-emulate.",
+        )  # fmt: skip
+        require(
+            not (self.fp8_param_gather and self.fp8_recipe == "mxfp8"), "fp8_param_gather", True,
+            "mxfp8 weights would need the engine's gradient buffer for their gather, which is not "
+            "wired up; leave it out.",
+        )  # fmt: skip
+
+    def quantizes(self, layer: int, num_layers: int) -> bool:
+        """Whether a layer, counted from 0, runs in FP8."""
+        if self.fp8_format is None:
+            return False
+        if not self.first_last_layers_bf16:
+            return True
+        last = num_layers - self.num_layers_at_end_in_bf16
+        return self.num_layers_at_start_in_bf16 <= layer < last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -537,6 +609,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    fp8: Float8Config = field(default_factory=Float8Config)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -606,6 +679,86 @@ class Config:
             "hang_timeout_minutes", timeout,
             "it must be below --distributed-timeout-minutes "
             f"({parallel.distributed_timeout_minutes}), which ends ranks without their stacks.",
+        )  # fmt: skip
+        self._check_engine()
+        if self.fp8.fp8_format is not None:
+            self._check_fp8()
+
+    def _check_engine(self) -> None:
+        """What Transformer Engine's layers ask of the rest."""
+        is_local = self.precision.transformer_impl == "local"
+        require(
+            is_local or not self.precision.compile_layers, "compile_layers", True,
+            "Transformer Engine's layers are compiled already; leave it out.",
+        )  # fmt: skip
+        require(
+            is_local or self.precision.bf16, "transformer_impl", self.precision.transformer_impl,
+            "it is for --bf16 runs.",
+        )  # fmt: skip
+
+    def _check_fp8(self) -> None:
+        """What FP8 asks of the rest."""
+        fp8, model, parallel = self.fp8, self.model, self.parallel
+        is_local = self.precision.transformer_impl == "local"
+        require(
+            not is_local or fp8.fp8_emulate, "fp8_format", fp8.fp8_format,
+            "local layers have no FP8; give --transformer-impl transformer_engine, or --fp8-emulate"
+            " to study the recipe's numbers.",
+        )  # fmt: skip
+        require(
+            is_local or not fp8.fp8_emulate, "fp8_emulate", True,
+            "it replaces local layers; give --transformer-impl local.",
+        )  # fmt: skip
+        require(
+            not (fp8.fp8_emulate and self.precision.compile_layers), "compile_layers", True,
+            "emulated layers do not compile; leave it out.",
+        )  # fmt: skip
+        require(
+            not (fp8.fp8_emulate and fp8.fp8_recipe == "delayed")
+            or parallel.recompute_granularity != "full",
+            "recompute_granularity", "full",
+            "a second forward pass would count twice in emulated delayed scaling; use selective, or"
+            " another --fp8-recipe.",
+        )  # fmt: skip
+        require(
+            not fp8.fp8_param_gather or parallel.use_distributed_optimizer, "fp8_param_gather",
+            True, "it needs --use-distributed-optimizer.",
+        )  # fmt: skip
+        require(
+            not (fp8.fp8_param_gather and self.checkpoint.finetune), "fp8_param_gather", True,
+            "--finetune takes masters from the weights, which it has rounded to FP8; leave it out.",
+        )  # fmt: skip
+        per_stage = model.num_layers // parallel.num_stages
+        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            count = getattr(fp8, name)
+            require(
+                not fp8.first_last_layers_bf16 or count <= per_stage, name, count,
+                f"a pipeline stage has {per_stage} layers.",
+            )  # fmt: skip
+        self._check_fp8_shapes()
+
+    def _check_fp8_shapes(self) -> None:
+        """Every matrix that enters an FP8 product on a rank has aligned dimensions."""
+        fp8, model, parallel = self.fp8, self.model, self.parallel
+        tp = parallel.tensor_model_parallel_size
+        alignment = FP8_ALIGNMENT[fp8.fp8_recipe]
+        widths = {
+            "hidden_size": model.hidden_size,
+            "ffn_hidden_size": model.ffn_width // tp,
+            "num_attention_heads": model.head_width * model.num_attention_heads // tp,
+        }
+        for name, width in widths.items():
+            require(
+                width % alignment == 0, name, getattr(model, name),
+                f"--fp8-recipe {fp8.fp8_recipe} needs multiples of {alignment} on each rank, "
+                f"and this gives a matrix of {width}.",
+            )  # fmt: skip
+        pieces = parallel.context_parallel_size * (tp if parallel.sequence_parallel else 1)
+        tokens = self.training.micro_batch_size * model.seq_length // pieces
+        require(
+            tokens % alignment == 0, "micro_batch_size", self.training.micro_batch_size,
+            f"--fp8-recipe {fp8.fp8_recipe} needs a multiple of {alignment} tokens on each "
+            f"rank, and this gives {tokens}.",
         )  # fmt: skip
 
     def num_microbatches(self, world_size: int) -> int:

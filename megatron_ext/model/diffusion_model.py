@@ -39,6 +39,9 @@ from megatron.core.tensor_parallel import (  # isort: skip
 from megatron.core.transformer.module import MegatronModule  # isort: skip
 from megatron.core.transformer.transformer_block import TransformerBlock  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+from megatron.core.transformer.transformer_layer import (  # isort: skip
+    get_transformer_layer_offset,
+)
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint  # isort: skip
 
 
@@ -196,10 +199,11 @@ class DiffusionModel(MegatronModule):
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.attention = AttentionSettings.of(config, device, engine.params_dtype)
-        num_layers = model.num_layers // config.parallel.num_stages
+        first = get_transformer_layer_offset(engine, vp_stage, groups.pp.rank())
+        layers = range(first, first + model.num_layers // config.parallel.num_stages)
         self.decoder = TransformerBlock(
             engine,
-            block_spec(model, self.attention, num_layers),
+            block_spec(config, self.attention, groups, layers),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,

@@ -72,4 +72,9 @@ def initialize_weights(model: DiffusionModel, vocab_size: int, seed: int) -> Non
         whole = torch.zeros(shape)
         rows = vocab_size if name.startswith(("embedding.", "output_layer.")) else shape[0]
         whole[:rows] = _draw(name, (rows, *shape[1:]), std, seed)
-        parameter.copy_(cut(whole, parameter, tp.rank(), tp.size()))
+        mine = cut(whole, parameter, tp.rank(), tp.size())
+        parameter.copy_(mine)
+        if hasattr(parameter, "get_high_precision_init_val"):
+            # A weight that Transformer Engine keeps in FP8; the optimizer's master starts from this
+            # copy, which was taken before anything was drawn.
+            parameter.get_high_precision_init_val().copy_(mine)

@@ -6,18 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import Config, ModelConfig
 from megatron_ext.model.attention import (
     AttentionCore,
     AttentionSettings,
     DiffusionSelfAttention,
 )
-from megatron_ext.model.norms import RMSNorm
+from megatron_ext.model.float8 import LayerModules, layer_modules
 
-from megatron.core.tensor_parallel.layers import (  # isort: skip
-    ColumnParallelLinear,
-    RowParallelLinear,
-)
+from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 from megatron.core.transformer.attention import SelfAttentionSubmodules  # isort: skip
 from megatron.core.transformer.enums import AttnMaskType  # isort: skip
 from megatron.core.transformer.mlp import MLP, MLPSubmodules  # isort: skip
@@ -53,7 +50,9 @@ def _core_attention(settings: AttentionSettings) -> Callable:
     return build
 
 
-def layer_spec(model: ModelConfig, attention_settings: AttentionSettings) -> ModuleSpec:
+def layer_spec(
+    model: ModelConfig, attention_settings: AttentionSettings, modules: LayerModules
+) -> ModuleSpec:
     """One pre-norm transformer layer."""
     attention = ModuleSpec(
         module=DiffusionSelfAttention,
@@ -62,24 +61,22 @@ def layer_spec(model: ModelConfig, attention_settings: AttentionSettings) -> Mod
             "full_width_norm": model.qk_norm == "full",
         },
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=modules.column,
             core_attention=_core_attention(attention_settings),
-            linear_proj=RowParallelLinear,
+            linear_proj=modules.row,
         ),
     )
     add = residual_add(model.residual_multiplier)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=modules.norm,
             self_attention=attention,
             self_attn_bda=add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=modules.norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
+                submodules=MLPSubmodules(linear_fc1=modules.column, linear_fc2=modules.row),
             ),
             mlp_bda=add,
         ),
@@ -87,9 +84,14 @@ def layer_spec(model: ModelConfig, attention_settings: AttentionSettings) -> Mod
 
 
 def block_spec(
-    model: ModelConfig, attention_settings: AttentionSettings, num_layers: int
+    config: Config,
+    attention_settings: AttentionSettings,
+    groups: ProcessGroupCollection,
+    layers: range,
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage and the final norm."""
+    """One pipeline stage's layers, counted from 0 over the whole model, and the final norm."""
+    modules = [layer_modules(config, groups, layer) for layer in layers]
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(model, attention_settings)] * num_layers, layer_norm=RMSNorm
+        layer_specs=[layer_spec(config.model, attention_settings, each) for each in modules],
+        layer_norm=modules[0].norm,
     )

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from megatron_ext.config import Config
+from megatron_ext.config import Config, Float8Config
 from megatron_ext.parallel.cpu import enable_cpu
 
 enable_cpu()
@@ -43,6 +43,8 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
 def transformer_config(config: Config) -> TransformerConfig:
     """The engine's view of a run. Dropout is zero and biases exist only where `mlp_bias` says."""
     model, parallel, precision = config.model, config.parallel, config.precision
+    # The engine's own FP8 is Transformer Engine's; without it these would be ignored silently.
+    fp8 = Float8Config() if config.fp8.fp8_emulate else config.fp8
     dtype = torch.bfloat16 if precision.bf16 else torch.float32
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     full_recompute = parallel.recompute_granularity == "full"
@@ -84,4 +86,13 @@ def transformer_config(config: Config) -> TransformerConfig:
         recompute_method=parallel.recompute_method if full_recompute else None,
         recompute_num_layers=parallel.recompute_num_layers if full_recompute else None,
         recompute_modules=["core_attn"],
+        fp8=fp8.fp8_format,
+        fp8_recipe=fp8.fp8_recipe,
+        fp8_param=fp8.fp8_param_gather,
+        fp8_margin=fp8.fp8_margin,
+        fp8_amax_history_len=fp8.fp8_amax_history_len,
+        fp8_amax_compute_algo=fp8.fp8_amax_compute_algo,
+        first_last_layers_bf16=fp8.first_last_layers_bf16,
+        num_layers_at_start_in_bf16=fp8.num_layers_at_start_in_bf16,
+        num_layers_at_end_in_bf16=fp8.num_layers_at_end_in_bf16,
     )

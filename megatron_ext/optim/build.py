@@ -101,6 +101,7 @@ def build_optimizer(
         clip_grad=settings.clip_grad,
         use_distributed_optimizer=distributed,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        fp8_recipe=config.fp8.fp8_recipe if config.fp8.fp8_param_gather else None,
     )
 
     def initialize_state(optimizer: Any, config: Any = None) -> None:

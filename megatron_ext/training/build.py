@@ -14,6 +14,7 @@ from megatron_ext.data.mock import MockDataset
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.model.diffusion_model import DiffusionModel
+from megatron_ext.model.float8 import require_transformer_engine
 from megatron_ext.model.init import initialize_weights
 from megatron_ext.training.step import gradient_finalizer
 
@@ -133,6 +134,7 @@ def build_model(
     config: Config, vocab_size: int, schedule: MixingSchedule, groups: ProcessGroupCollection
 ) -> list[DistributedDataParallel]:
     """This rank's model chunks, initialised by name and wrapped for gradient reduction."""
+    require_transformer_engine(config.precision)
     virtual = config.parallel.num_virtual_stages_per_pipeline_rank
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
     chunks = []
@@ -155,6 +157,7 @@ def build_model(
         overlap_param_gather=config.parallel.overlap_param_gather,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,
+        fp8_param_gather=config.fp8.fp8_param_gather,
     )
     wrapped = [
         DistributedDataParallel(

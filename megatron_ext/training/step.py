@@ -21,6 +21,7 @@ from megatron_ext.config import Config
 from megatron_ext.data.batches import MicroBatch
 from megatron_ext.kernels.gidd_loss import GiddLoss
 from megatron_ext.model.diffusion_model import Targets
+from megatron_ext.model.float8 import begin_step
 from megatron_ext.parallel.cpu import enable_cpu
 
 enable_cpu()
@@ -115,6 +116,8 @@ def run_micro_batches(
 ) -> list[dict[str, Any]]:
     """All micro-batches forward (and backward); reports of each on the last stage, else []."""
     del groups
+    if not forward_only:
+        begin_step(model)
     iterators = [iter(batches) for _ in model]
     return get_forward_backward_func()(
         forward_step_func=partial(forward_step, config=config, device=device),
