@@ -54,7 +54,8 @@ class Float8(NamedTuple):
 
 def scale_for(amax: Tensor, dtype: torch.dtype, *, power_of_two: bool = False) -> Tensor:
     """Factor that brings `amax` to the largest number of `dtype`; 1 where there is none."""
-    scale = torch.finfo(dtype).max / amax
+    # A Python number in front would become a product with the reciprocal, one rounding more.
+    scale = torch.full_like(amax, torch.finfo(dtype).max) / amax
     scale = scale.clamp(max=torch.finfo(torch.float32).max)
     if power_of_two:
         scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
