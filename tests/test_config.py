@@ -185,6 +185,8 @@ def test_a_bad_file_is_refused_by_name(tree: Any, message: str, tmp_path: Path) 
         load_config(write(tmp_path / "a.yaml", tree))
 
 
+ENGINE = ["--transformer-impl", "transformer_engine", "--bf16"]
+EMULATED = ["--fp8-format", "hybrid", "--fp8-emulate"]
 REFUSALS = [
     (["--num-attention-heads", "3"], "--num-attention-heads is 3: it must divide --hidden-size"),
     (["--kv-channels", "15"], "--kv-channels is 15: rotary embedding needs an even"),
@@ -259,6 +261,62 @@ REFUSALS = [
         "--untie-embeddings-and-output-weights is False: .* only",
     ),
     (["--objective", "ar", "--causal-prompt-attn"], "--causal-prompt-attn is True: --objective"),
+    (
+        ["--fp8-format", "hybrid"],
+        "--fp8-format is 'hybrid': .*--transformer-impl transformer_engine, or --fp8-emulate",
+    ),
+    (["--fp8-emulate"], "--fp8-emulate is True: give --fp8-format"),
+    (["--fp8-param-gather"], "--fp8-param-gather is True: give --fp8-format"),
+    (["--first-last-layers-bf16"], "--first-last-layers-bf16 is True: give --fp8-format"),
+    (["--transformer-impl", "transformer_engine"], "--transformer-impl is .*--bf16"),
+    (
+        [*ENGINE, "--fp8-format", "hybrid", "--fp8-emulate"],
+        "--fp8-emulate is True: .*--transformer-impl local",
+    ),
+    ([*ENGINE, "--compile-layers"], "--compile-layers is True: Transformer Engine"),
+    ([*EMULATED, "--compile-layers"], "--compile-layers is True: emulated"),
+    ([*EMULATED, "--fp8-param-gather"], "--fp8-param-gather is True: .*leave it out"),
+    (
+        [*EMULATED, "--first-last-layers-bf16"],
+        "--first-last-layers-bf16 is True: .*another --fp8-recipe",
+    ),
+    (
+        [*EMULATED, "--fp8-recipe", "tensorwise", "--first-last-layers-bf16",
+         "--num-layers-at-end-in-bf16", "5"],
+        "--num-layers-at-end-in-bf16 is 5: a pipeline stage has 4 layers",
+    ),
+    ([*EMULATED, "--num-layers-at-start-in-bf16", "-1"], "--num-layers-at-start-in-bf16 is -1"),
+    ([*EMULATED, "--fp8-margin", "-1"], "--fp8-margin is -1"),
+    ([*EMULATED, "--fp8-amax-history-len", "0"], "--fp8-amax-history-len is 0"),
+    (
+        [*EMULATED, "--recompute-granularity", "full"],
+        "--recompute-granularity is 'full': .*another --fp8-recipe",
+    ),
+    (
+        [*EMULATED, "--hidden-size", "40"],
+        "--hidden-size is 40: --fp8-recipe delayed needs multiples of 16",
+    ),
+    (
+        [*EMULATED, "--fp8-recipe", "blockwise", "--ffn-hidden-size", "320"],
+        "--ffn-hidden-size is 320: --fp8-recipe blockwise needs multiples of 128",
+    ),
+    (
+        [*EMULATED, "--fp8-recipe", "mxfp8", "--hidden-size", "160",
+         "--tensor-model-parallel-size", "2"],
+        "--num-attention-heads is 4: .* multiples of 32 .* a matrix of 80",
+    ),
+    (
+        [*EMULATED, "--seq-length", "4", "--micro-batch-size", "2"],
+        "--micro-batch-size is 2: .* multiple of 16 tokens .* gives 8",
+    ),
+    (
+        [*ENGINE, "--fp8-format", "e4m3", "--fp8-recipe", "mxfp8", "--fp8-param-gather"],
+        "--fp8-param-gather is True: mxfp8",
+    ),
+    (
+        [*ENGINE, "--fp8-format", "e4m3", "--fp8-param-gather", "--finetune", "--load", "a"],
+        "--fp8-param-gather is True: --finetune",
+    ),
 ]  # fmt: skip
 
 

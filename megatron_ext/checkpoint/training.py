@@ -20,6 +20,7 @@ from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint.changes import comparable
 from megatron_ext.checkpoint.identity import require_same, run_identity, weights_identity
 from megatron_ext.checkpoint.pickles import read_metadata, untrusted
+from megatron_ext.model.float8 import readable_state
 from megatron_ext.parallel.cpu import enable_cpu
 from megatron_ext.parallel.groups import device_of_rank
 from megatron_ext.parallel.parameters import complete_parameters
@@ -340,7 +341,8 @@ def load_checkpoint(
         state = dist_checkpointing.load(wanted, str(folder))
     chunks = unwrap_model(model)
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"], strict=True)
+        values = state["model" if len(chunks) == 1 else f"model{i}"]
+        chunk.load_state_dict(readable_state(values, chunk.settings.precision), strict=True)
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     return Position(**state["position"])

@@ -157,8 +157,7 @@ class _Emulated:
 
     def set_extra_state(self, state: Any) -> None:
         """Continue with `get_extra_state`'s; start anew from a run without FP8 or with another."""
-        is_ours = isinstance(state, Tensor) and state.dtype == torch.float32 and state.dim() == 2
-        if is_ours and isinstance(self.quantizer, DelayedScaling):
+        if isinstance(self.quantizer, DelayedScaling) and _is_emulated(state):
             self.quantizer.load(state)
 
 
@@ -178,6 +177,20 @@ def begin_step(model: list[torch.nn.Module]) -> None:
                 module.quantizer.begin_step()
 
 
-def is_emulated_state(state: Any) -> bool:
-    """Whether a layer's saved state is an emulation's, which Transformer Engine cannot read."""
-    return isinstance(state, Tensor) and state.dtype == torch.float32
+def readable_state(state: dict[str, Any], precision: PrecisionConfig) -> dict[str, Any]:
+    """A checkpoint's values for layers of this kind.
+
+    Transformer Engine would take an emulation's scales for a pickle of its own; without them it
+    starts its scales anew, as from a run without FP8. The other way layers see to it themselves.
+    """
+    if precision.transformer_impl == "local":
+        return state
+    return {
+        name: None if name.endswith("_extra_state") and _is_emulated(value) else value
+        for name, value in state.items()
+    }
+
+
+def _is_emulated(state: Any) -> bool:
+    """Whether a layer's saved state is `_Emulated`'s; Transformer Engine's is bytes."""
+    return isinstance(state, Tensor) and state.dtype == torch.float32 and state.dim() == 2
