@@ -52,10 +52,12 @@ class Float8(NamedTuple):
         return (blocks / self.scale[:, None, :, None]).view(rows, columns)
 
 
-def scale_for(amax: Tensor, dtype: torch.dtype, *, power_of_two: bool = False) -> Tensor:
-    """Factor that brings `amax` to the largest number of `dtype`; 1 where there is none."""
+def scale_for(
+    amax: Tensor, dtype: torch.dtype, *, power_of_two: bool = False, margin: int = 0
+) -> Tensor:
+    """Factor that brings `amax` `margin` doublings below the largest number of `dtype`, or 1."""
     # A Python number in front would become a product with the reciprocal, one rounding more.
-    scale = torch.full_like(amax, torch.finfo(dtype).max) / amax
+    scale = torch.full_like(amax, torch.finfo(dtype).max / 2**margin) / amax
     scale = scale.clamp(max=torch.finfo(torch.float32).max)
     if power_of_two:
         scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
@@ -173,7 +175,7 @@ class DelayedScaling:
         column.copy_(column.roll(-1))
         column[0] = 0.0
         is_usable = (amax > 0) & torch.isfinite(amax)
-        scale = scale_for(amax, dtype) / 2**self.margin
+        scale = scale_for(amax, dtype, margin=self.margin)
         self.scale[index] = torch.where(is_usable, scale, self.scale[index])
 
     def state(self) -> Tensor:

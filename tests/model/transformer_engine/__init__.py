@@ -1,0 +1,1 @@
+"""What released versions of Transformer Engine accept, and what is asked of them here."""
