@@ -151,7 +151,7 @@ def describe(wheel: Wheel, module: str, name: str) -> dict[str, Any]:
         return {
             "kind": kind,
             "parameters": signature(node, bound=False),
-            "returns": returned.pop() if len(returned) == 1 else None,
+            "returns": min(returned, default=1),
         }
     if not isinstance(node, ast.ClassDef):
         return {"kind": "value"}
@@ -178,6 +178,7 @@ def describe(wheel: Wheel, module: str, name: str) -> dict[str, Any]:
     elif "__init__" in methods:
         facts["parameters"] = signature(methods["__init__"], bound=True)
         facts["registers"] = _registered(methods["__init__"])
+        facts["keeps"] = _kept(methods["__init__"])
     facts["methods"] = {n: signature(methods[n], bound=True) for n in METHODS if n in methods}
     return facts
 
@@ -199,6 +200,16 @@ def _registered(function: ast.FunctionDef) -> list[str]:
             ):
                 names.append(name)
     return names
+
+
+def _kept(function: ast.FunctionDef) -> list[str]:
+    """Arguments that a constructor keeps as attributes of the same name."""
+    return [
+        name
+        for node in function.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name)
+        and ast.unparse(node.targets[0]) == f"self.{(name := node.value.id)}"
+    ]  # fmt: skip
 
 
 def scaling(wheel: Wheel) -> list[dict[str, Any]]:

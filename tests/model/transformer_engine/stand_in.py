@@ -96,6 +96,8 @@ class _Package:
             CALLS.append((key, dict(bound)))
             if isinstance(self, torch.nn.Module):
                 torch.nn.Module.__init__(self)
+                for name in facts["keeps"]:
+                    setattr(self, name, bound.get(name))
                 _register(self, key, bound)
 
         return __init__
