@@ -12,6 +12,14 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests for GPUs are left out where there is none."""
+    skip = pytest.mark.skip(reason="there is no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(skip)
+
+
 @pytest.fixture
 def single_rank() -> Iterator[None]:
     """This process as a run of one rank: one thread, and no process groups left behind."""

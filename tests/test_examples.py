@@ -14,7 +14,9 @@ from megatron_ext.scaling.ladder import make_plan
 from megatron_ext.scaling.study import read_study
 
 ROOT = Path(__file__).resolve().parents[1]
-YAML_FILES = sorted((ROOT / "examples").rglob("*.yaml"))
+YAML_FILES = sorted(
+    path for path in (ROOT / "examples").rglob("*.yaml") if path.parent.name != "kubernetes"
+)
 STUDIES = [path for path in YAML_FILES if "\nrecipe: " in path.read_text()]
 RECIPES = [path for path in YAML_FILES if path not in STUDIES]
 PAPER_RECIPES = sorted((ROOT / "examples/configs").glob("gidd-*.yaml"))

@@ -77,7 +77,8 @@ class Cluster:
         self.folder, self.seen_file = folder, folder / "seen"
         for name, source in (("srun", SRUN), ("scontrol", SCONTROL), ("check", CHECK)):
             write_program(folder / "bin" / name, source)
-        write_program(folder / "venv/bin/python", PYTHON)
+        for name in ("venv/bin/python", "bin/python"):
+            write_program(folder / name, PYTHON)
         self.run_folder = folder / "run"
 
     def train(self, *arguments: str, code: int = 0, **environment: str) -> Any:
@@ -139,8 +140,8 @@ def test_every_task_gets_its_rank_and_the_arguments_as_they_are(cluster: Cluster
 
 
 def test_a_container_is_given_to_srun(cluster: Cluster) -> None:
-    _, seen = cluster.train(CONTAINER="registry.example.com#a:1", VENV="", PATH_MARK="")
-    (step,) = [x for x in seen if x[0] == "srun"][:1]
+    _, seen = cluster.train(CONTAINER="registry.example.com#a:1", VENV="")
+    (step,) = [x for x in seen if x[0] == "srun"]
     assert step[1] == [
         "--kill-on-bad-exit=1",
         "--container-image=registry.example.com#a:1",

@@ -36,6 +36,7 @@ from megatron.core.tensor_parallel.mappings import (  # isort: skip
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 
 
 class LayerModules(NamedTuple):
@@ -70,14 +71,35 @@ def require_transformer_engine(precision: PrecisionConfig) -> None:
 
 
 def transformer_engine_modules() -> LayerModules:
-    """megatron-core's wrappers of Transformer Engine's norm and linear layers."""
+    """megatron-core's wrappers of Transformer Engine's linear layers, and its norm.
+
+    megatron-core's wrapper of the norm would keep gains in bfloat16. The engine's optimizer
+    checkpoints number parameters by dtype, so that a run with local layers, whose gains are
+    float32, would then load its masters into other parameters, without an error.
+    """
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
-        TENorm,
         TERowParallelLinear,
+        te,
     )
 
-    return LayerModules(TENorm, TEColumnParallelLinear, TERowParallelLinear)
+    class EngineRMSNorm(te.pytorch.RMSNorm):
+        """Norm over the last dimension; `weight` [h] float32, same on tp."""
+
+        def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+            super().__init__(
+                hidden_size,
+                eps=eps,
+                sequence_parallel=config.sequence_parallel,
+                zero_centered_gamma=config.layernorm_zero_centered_gamma,
+                dtype=torch.float32,
+                device=torch.cuda.current_device() if torch.cuda.is_available() else None,
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float()).to(x.dtype)
+
+    return LayerModules(EngineRMSNorm, TEColumnParallelLinear, TERowParallelLinear)
 
 
 def layer_modules(config: Config, groups: ProcessGroupCollection, layer: int) -> LayerModules:

@@ -47,9 +47,10 @@ def test_two_releases_are_recorded_with_their_wheels() -> None:
     assert all(r["package"] == "transformer-engine" and len(r["sha256"]) == 64 for r in records)
 
 
-def test_parameters_have_the_names_and_shapes_of_local_layers(built: dict[str, Any]) -> None:
+def test_parameters_have_the_names_shapes_and_dtypes_of_local_layers(built: dict[str, Any]) -> None:
+    """In their order, too: megatron-core's optimizer checkpoints go by dtype and order."""
     assert len(built["local"]) > 30
-    assert built["transformer_engine"] == built["local"]
+    assert list(built["transformer_engine"].items()) == list(built["local"].items())
 
 
 def test_every_linear_layer_and_norm_is_transformer_engines(built: dict[str, Any]) -> None:

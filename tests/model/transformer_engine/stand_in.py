@@ -123,12 +123,14 @@ def _register(module: torch.nn.Module, key: str, bound: dict[str, Any]) -> None:
         inputs, outputs, tp = bound["in_features"], bound["out_features"], bound["tp_size"]
         is_column = bound["parallel_mode"] == "column"
         inputs, outputs = (inputs, outputs // tp) if is_column else (inputs // tp, outputs)
-        module.weight = torch.nn.Parameter(torch.zeros(outputs, inputs))
+        dtype = bound["params_dtype"]
+        module.weight = torch.nn.Parameter(torch.zeros(outputs, inputs, dtype=dtype))
         if bound["bias"]:
-            module.bias = torch.nn.Parameter(torch.zeros(outputs))
+            module.bias = torch.nn.Parameter(torch.zeros(outputs, dtype=dtype))
     elif key.endswith("module.rmsnorm.RMSNorm"):
         width = bound.get("normalized_shape", bound.get("hidden_size"))
-        module.weight = torch.nn.Parameter(torch.zeros(width))
+        dtype = bound.get("params_dtype", bound.get("kwargs", {}).get("dtype"))
+        module.weight = torch.nn.Parameter(torch.zeros(width, dtype=dtype))
 
 
 def install(version: str) -> dict[str, Any]:

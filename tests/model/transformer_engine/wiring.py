@@ -23,7 +23,7 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def parameters(config: Any) -> dict[str, list[int]]:
+def parameters(config: Any) -> dict[str, list[Any]]:
     from megatron_ext.diffusion.schedule import MixingSchedule
     from megatron_ext.model.diffusion_model import DiffusionModel
     from megatron_ext.parallel.groups import initialize_parallel
@@ -31,7 +31,7 @@ def parameters(config: Any) -> dict[str, list[int]]:
     groups = initialize_parallel(config.parallel)
     schedule = MixingSchedule(61, 3, shift=0.0)
     model = DiffusionModel(config, 61, schedule, groups)
-    return {name: list(p.shape) for name, p in model.named_parameters()}
+    return {name: [str(p.dtype), *p.shape] for name, p in model.named_parameters()}
 
 
 def main() -> None:

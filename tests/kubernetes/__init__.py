@@ -1,0 +1,1 @@
+"""The Kubernetes example against the schemas of a release."""
