@@ -18,7 +18,7 @@ LEVELS = [
     {"parallel"},
     {"data", "model", "optim", "checkpoint"},
     {"inference", "training"},
-    {"conformance"},
+    {"conformance", "planning"},
 ]
 """Parts of `megatron_ext`; each imports from its own level and those above it."""
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -25,8 +25,9 @@ from typing import Any, Literal
 
 from megatron_ext.measure.machine import bytes_in
 
-Allocator = Literal["default", "kept"]
-"""glibc as it comes, or with freed memory kept by the process."""
+Allocator = Literal["default", "kept", "returned"]
+"""glibc as it comes, with freed memory kept by the process, or with every block given back at once:
+then resident memory is what is in use, without gaps."""
 
 _KEPT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
@@ -34,6 +35,12 @@ _KEPT = {
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
 """glibc: no block of its own mapping, nothing returned, the heap grown in large pieces."""
+_RETURNED = {
+    "MALLOC_MMAP_THRESHOLD_": str(64 << 10),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 10),
+    "MALLOC_MMAP_MAX_": str(1 << 20),
+}
+"""glibc: a mapping of its own for every block from 64 KiB on."""
 
 
 def peak_memory(call: Callable[[], object]) -> int:
@@ -61,9 +68,9 @@ def call_in_child(
     Arguments and result are JSON. What the child prints goes to this process's standard error.
     Raises `subprocess.CalledProcessError` where the child fails.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in _KEPT}
-    if allocator == "kept":
-        environment |= _KEPT
+    chosen = {"default": {}, "kept": _KEPT, "returned": _RETURNED}[allocator]
+    others = _KEPT.keys() | _RETURNED.keys()
+    environment = {name: x for name, x in os.environ.items() if name not in others} | chosen
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         command = [sys.executable, "-m", "megatron_ext.measure", "call", target]

@@ -6,8 +6,9 @@ already free of start-up bias: with t counted from 1 and b^_i = 1 - (1 - b_i) / 
     nu <- b^_2 nu + (1 - b^_2) g^2        mu <- b^_1 mu + (1 - b^_1) g / (sqrt(nu) + eps)
     p  <- p - lr (mu + weight_decay p)
 
-On a GPU one update is a dozen kernels over all parameters of a group. On a CPU it runs through
-tiles that stay in cache, so that parameters, gradients and averages cross the memory bus once.
+An update runs through tiles of parameters, a dozen operations each. On a CPU tiles stay in
+cache, so that parameters, gradients and averages cross the memory bus once; on a GPU they are large
+and bound the memory of temporaries.
 
 State per parameter is `exp_avg` and `exp_avg_sq`, float32 (float64 for float64 parameters); `step`
 is kept in the parameter group, as fused optimizers do and megatron-core's distributed optimizer
@@ -24,6 +25,9 @@ from torch import Tensor
 
 TILE_ELEMENTS = 1 << 17
 """Of a tile on a CPU: 512 KiB each of parameter, gradient, averages and temporaries."""
+GPU_TILE_ELEMENTS = 1 << 26
+"""Of a tile elsewhere: the temporaries, 12 bytes per element, stay below 1 GiB however many
+parameters a rank updates."""
 
 
 class _GroupedOptimizer(torch.optim.AdamW):
@@ -32,6 +36,9 @@ class _GroupedOptimizer(torch.optim.AdamW):
     It is an AdamW by type alone: megatron-core's distributed optimizer accepts nothing else, for
     the sake of the state's names. Nothing of torch's AdamW runs.
     """
+
+    tile_elements: int | None = None
+    """Elements updated at a time; by the kind of device where absent."""
 
     def __init__(
         self,
@@ -92,7 +99,9 @@ class _GroupedOptimizer(torch.optim.AdamW):
                 averages = [self.state[p]["exp_avg"] for p in parameters]
                 squares = [self.state[p]["exp_avg_sq"] for p in parameters]
                 gradients = [p.grad for p in parameters]
-                for tile in _tiles(parameters, gradients, averages, squares):
+                is_cpu = parameters[0].device.type == "cpu"
+                size = self.tile_elements or (TILE_ELEMENTS if is_cpu else GPU_TILE_ELEMENTS)
+                for tile in _tiles(size, parameters, gradients, averages, squares):
                     self._step_tile(group, *tile)
         return loss
 
@@ -118,25 +127,22 @@ class _GroupedOptimizer(torch.optim.AdamW):
         raise NotImplementedError
 
 
-def _tiles(*tensors: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The lists cut alike: on a CPU into pieces of at most `TILE_ELEMENTS` in all, else whole."""
-    if tensors[0][0].device.type != "cpu":
-        yield tensors
-        return
+def _tiles(size: int, *tensors: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """The lists cut alike, into pieces of at most `size` elements in all."""
     tile: list[tuple[Tensor, ...]] = []
-    room = TILE_ELEMENTS
+    room = size
     for members in zip(*tensors, strict=True):
         # A view where the tensor is contiguous, as everything here is.
         flat = [x.view(-1) for x in members]
-        first, size = 0, flat[0].numel()
-        while first < size:
-            last = min(first + room, size)
+        first, length = 0, flat[0].numel()
+        while first < length:
+            last = min(first + room, length)
             tile.append(tuple(x[first:last] for x in flat))
             room -= last - first
             first = last
             if room == 0:
                 yield tuple(map(list, zip(*tile, strict=True)))
-                tile, room = [], TILE_ELEMENTS
+                tile, room = [], size
     if tile:
         yield tuple(map(list, zip(*tile, strict=True)))
 

@@ -109,6 +109,12 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
+def _are_one(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two contiguous tensors of a shape share memory; fake tensors have no addresses."""
+    same = first.untyped_storage()._cdata == second.untyped_storage()._cdata
+    return same and first.storage_offset() == second.storage_offset()
+
+
 def _unless_alone(collective: Callable) -> Callable:
     """The collective, which for a group of one rank is a copy at most.
 
@@ -122,7 +128,7 @@ def _unless_alone(collective: Callable) -> Callable:
     ) -> Any:  # fmt: skip
         if async_op or torch.distributed.get_world_size(group) > 1:
             return collective(output, given, *args, group=group, async_op=async_op, **kwargs)
-        if output.data_ptr() != given.data_ptr():
+        if not _are_one(output, given):
             output.copy_(given)
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,9 +132,16 @@ def build_data(config: Config, vocabulary: Vocabulary) -> Datasets:
 
 
 def build_model(
-    config: Config, vocab_size: int, schedule: MixingSchedule, groups: ProcessGroupCollection
+    config: Config,
+    vocab_size: int,
+    schedule: MixingSchedule,
+    groups: ProcessGroupCollection,
+    initialize: Callable[[DiffusionModel, int, int], None] = initialize_weights,
 ) -> list[DistributedDataParallel]:
-    """This rank's model chunks, initialised by name and wrapped for gradient reduction."""
+    """This rank's model chunks, initialised by name and wrapped for gradient reduction.
+
+    `initialize(chunk, vocab_size, seed)` gives weights their first values.
+    """
     require_transformer_engine(config.precision)
     virtual = config.parallel.num_virtual_stages_per_pipeline_rank
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
@@ -148,7 +156,7 @@ def build_model(
             post_process=pp_rank == pp_size - 1 and stage == virtual - 1,
             vp_stage=stage if virtual > 1 else None,
         )
-        initialize_weights(model, vocab_size, config.training.seed)
+        initialize(model, vocab_size, config.training.seed)
         chunks.append(model)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.precision.accumulate_allreduce_grads_in_fp32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from megatron_ext.cli import dump_config
 from megatron_ext.config import Config, require
 from megatron_ext.data.batches import BatchSource, MicroBatch, RankPosition, prefetched
 from megatron_ext.data.dataset import Datasets
+from megatron_ext.model.init import initialize_weights
 from megatron_ext.optim.build import (
     apply_schedule,
     build_optimizer,
@@ -118,18 +119,30 @@ class Trainer:
         groups = initialize_parallel(config.parallel, config.training.seed)
         config.num_microbatches(torch.distributed.get_world_size())
         vocabulary = resolve_vocabulary(config, open_tokenizer(config.data))
-        schedule = build_schedule(config, vocabulary)
         data = build_data(config, vocabulary)
-        rank = RankPosition(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
-        source = BatchSource(data.train, schedule, config, rank, vocabulary.pad_token_id)
-        model = build_model(config, vocabulary.size, schedule, groups)
-        optimizer = build_optimizer(model, config, groups)
+        trainer = cls.assemble(config, groups, vocabulary, data)
         identity = [getattr(data.train, "identity", None) if is_first_rank() else None]
         torch.distributed.broadcast_object_list(identity, src=0)
-        return cls(
-            config, groups, device_of_rank(), vocabulary, data, source, model, optimizer,
-            data_identity=identity[0],
-        )  # fmt: skip
+        trainer.data_identity = identity[0]
+        return trainer
+
+    @classmethod
+    def assemble(
+        cls,
+        config: Config,
+        groups: ProcessGroupCollection,
+        vocabulary: Vocabulary,
+        data: Datasets,
+        initialize: Callable[[Any, int, int], None] = initialize_weights,
+    ) -> Trainer:
+        """Model and optimizer on this rank's groups, around data that is open already."""
+        schedule = build_schedule(config, vocabulary)
+        rank = RankPosition(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
+        source = BatchSource(data.train, schedule, config, rank, vocabulary.pad_token_id)
+        model = build_model(config, vocabulary.size, schedule, groups, initialize)
+        optimizer = build_optimizer(model, config, groups)
+        device = device_of_rank()
+        return cls(config, groups, device, vocabulary, data, source, model, optimizer)
 
     def load(self) -> None:
         """Continue from --load, or start from its weights with --finetune.

@@ -24,6 +24,7 @@ from megatron_ext.kernels.attention.choose import (
     choose_attention,
     for_pattern,
 )
+from megatron_ext.kernels.attention.described import DescribedFlash, require_fake
 from megatron_ext.kernels.attention.flash import FlashKernel, flash_library
 from megatron_ext.kernels.attention.flex import attention_flex
 from megatron_ext.kernels.attention.fold import folded_attention
@@ -86,6 +87,11 @@ def attention(
         case "flash":
             kernel = FlashKernel(**seen, softcap=softcap, library=flash_library())
             return folded_attention(*inputs, kernel, softcap)
+        case "described":
+            require_fake(query)
+            return folded_attention(
+                *inputs, FlashKernel(**seen, softcap=softcap, library=DescribedFlash), softcap
+            )
         case "sdpa" if query.device.type == "cpu":
             return folded_attention(*inputs, FusedCpuKernel(**seen), softcap)
         case "sdpa":

@@ -13,8 +13,9 @@ import torch
 
 from megatron_ext.kernels.attention.flash import OLDEST_VERSION
 
-Implementation = Literal["auto", "reference", "blocked", "sdpa", "flex", "flash", "te"]
-"""What `--attention-impl` and `impl=` accept."""
+Implementation = Literal["auto", "reference", "blocked", "sdpa", "flex", "flash", "te", "described"]
+"""What `--attention-impl` and `impl=` accept; `described` takes fake tensors only: it is what dry
+runs put in the place of flash-attn."""
 
 _ORDER: dict[str, tuple[Implementation, ...]] = {
     "cpu": ("blocked",),
@@ -61,7 +62,7 @@ def _objection(
     trains: bool,
 ) -> str | None:
     match impl:
-        case "reference" | "blocked":
+        case "reference" | "blocked" | "described":
             return None
         case "sdpa":
             if softcap is not None:

@@ -25,7 +25,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Implementation = Literal["auto", "reference", "chunked", "compiled", "triton"]
+Implementation = Literal["auto", "reference", "chunked", "compiled", "triton", "described"]
+"""`described` takes fake tensors only: it is what dry runs put in the place of GPU kernels."""
 
 TILE_ELEMENTS = 1 << 18
 """Of a tile, 1 MiB in float32: it and its temporaries stay in a core's cache."""
@@ -95,6 +96,8 @@ def passes_of(impl: Implementation) -> Passes:
             from megatron_ext.kernels.vocabulary import passes_compiled as module
         case "triton":
             from megatron_ext.kernels.vocabulary import passes_triton as module
+        case "described":
+            from megatron_ext.kernels.vocabulary import passes_described as module
         case _:
             raise ValueError(
                 f"impl is {impl!r}: choose auto, reference, chunked, compiled or triton"
