@@ -117,6 +117,8 @@ class Minimum:
     num_sizes: int
     share_inside: float
     """Of resamples whose minimum is convex and inside the sizes."""
+    share_smallest: float
+    """Of resamples in which no size is better than the smallest."""
     flops_per_token: float
     tokens: float
     parameters: float
@@ -174,14 +176,16 @@ class _Parabolas:
             values[r, c] = d @ coefficients[c]
         return values
 
-    def vertices(self, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Position, value and whether convex and inside, each [..., c]."""
+    def vertices(self, coefficients: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Position, value, whether convex and inside, else whether the low end is best [..., c]."""
         c0, c1, c2 = np.moveaxis(coefficients, -1, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             position = -c1 / (2 * c2)
             value = c0 - c1**2 / (4 * c2)
         low, high = np.array(self.inside).T
-        return position, value, (c2 > 0) & (position >= low) & (position <= high)
+        inside = (c2 > 0) & (position >= low) & (position <= high)
+        low_is_best = c1 * (high - low) + c2 * (high**2 - low**2) > 0
+        return position, value, inside, ~inside & low_is_best
 
 
 def fit_frontier(
@@ -258,6 +262,7 @@ def _minima(
         minima.append(
             Minimum(
                 budget=float(budget), num_sizes=int(counts[c]), share_inside=float(kept.mean()),
+                share_smallest=float(draws["flops_per_token"][1][3][:, c].mean()),
                 intervals=intervals,  # type: ignore[arg-type]
                 coefficients=(c0 - c1 * shift + c2 * shift**2, c1 - 2 * c2 * shift, c2),
                 **{name: float(values[c]) for name, values in best.items()},
@@ -273,7 +278,7 @@ def _add_laws(result: Frontier, draws: dict, origin: tuple) -> None:
             result.refusals.append(
                 f"budget {minimum.budget:.3g}: the minimum over {minimum.num_sizes} sizes is "
                 f"convex and inside them in {minimum.share_inside:.0%} of the resamples (95 % "
-                "needed)"
+                f"needed), the smallest size best in {minimum.share_smallest:.0%}"
             )
     budgets = np.array([result.minima[c].budget for c in kept])
     if len(kept) < MIN_BUDGETS or budgets.max() / budgets.min() < MIN_SPAN:

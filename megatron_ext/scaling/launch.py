@@ -44,17 +44,25 @@ def last_step(records: Sequence[dict]) -> int:
     return max((record["step"] for record in records), default=0)
 
 
+def _exit_code(folder: Path) -> int | None:
+    """What the run left in exit.json, or its command returned; torchrun's is 1 for everything."""
+    if not (folder / "exit_code").is_file():
+        return None
+    code = int((folder / "exit_code").read_text())
+    if (folder / "exit.json").is_file():
+        return int(json.loads((folder / "exit.json").read_text())["code"])
+    return code
+
+
 def state_of(run: Run) -> State:
     """What the folder of a run says about it."""
     folder = Path(run.folder)
     records = read_metrics(folder)
     if any(r["step"] == run.steps and "valid/elbo" in r for r in records):
         return "finished"
-    code_file = folder / "exit_code"
-    text = code_file.read_text().strip() if code_file.is_file() else ""
-    if text == "":
+    code = _exit_code(folder)
+    if code is None:
         return "started" if records or (folder / "latest").is_file() else "waiting"
-    code = int(text)
     if code == EXIT_DIVERGED:
         return "diverged"
     return "stopped" if code in (EXIT_RESUME, EXIT_HUNG, 143, 130) else "failed"

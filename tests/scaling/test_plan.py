@@ -185,6 +185,10 @@ def test_states_of_runs_and_what_is_due(tmp_path: Path) -> None:
     finish(fourth, {}, code=2)
     states = [launching.state_of(run) for run in plan.runs[:5]]
     assert states == ["finished", "stopped", "diverged", "failed", "waiting"]
+    # Under torchrun the command's code says nothing; the run's own is in exit.json.
+    (Path(fourth.folder) / "exit.json").write_text(json.dumps({"code": 85}))
+    assert launching.state_of(fourth) == "stopped"
+    (Path(fourth.folder) / "exit.json").unlink()
     due = {run.name for run in launching.due(plan)}
     assert second.name in due and due.isdisjoint({first.name, third.name, fourth.name})
     assert {third.name, fourth.name} < {r.name for r in launching.due(plan, retry_failed=True)}
