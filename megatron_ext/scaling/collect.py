@@ -119,4 +119,7 @@ def read_table(path: Path) -> pd.DataFrame:
         raise ValueError(f"there is no {path}; run `collect` first.")
     if path.suffix == ".parquet":
         return pd.read_parquet(path)
-    return pd.read_csv(path, keep_default_na=True).fillna({"parent": ""})
+    table = pd.read_csv(path)
+    # A column without any parent is read as numbers.
+    table["parent"] = table["parent"].astype(object).fillna("")
+    return table
