@@ -61,7 +61,8 @@ def iso_flop_figure(table: pd.DataFrame, fits: dict[str, Any], convention: str) 
                     fmt="D", ms=4, color="black", lw=1,
                 )  # fmt: skip
         panel.set(xscale="log", xlabel=PER_TOKEN[convention], title=noise)
-        panel.legend(title="C", fontsize=7, title_fontsize=7)
+        if minima:
+            panel.legend(title="C", fontsize=7, title_fontsize=7)
     panels[0][0].set_ylabel("validation bound [nats/token]")
     return figure
 
@@ -91,7 +92,8 @@ def frontier_figure(fits: dict[str, Any], convention: str) -> Figure | None:
             if law_name in frontier["laws"]:
                 _draw_law(panel, PowerLaw.from_dict(frontier["laws"][law_name]), color, noise)
             panel.set(xscale="log", yscale="log", xlabel="C [FLOPs]", ylabel=label)
-    panels[0].legend(fontsize=7)
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend(fontsize=7)
     return figure
 
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from megatron_ext.training.completep import Shape, coordinates, shaped, slopes
+from megatron_ext.training.completep import (
+    Shape,
+    best_rates,
+    coordinates,
+    grid_steps_moved,
+    rates,
+    shaped,
+    slopes,
+)
 from megatron_ext.training.completep_report import FLAT
+from tests.data.corpora import write_with_megatron
 from tests.training.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -30,6 +42,39 @@ def test_updates_keep_their_size_under_completep_and_grow_under_the_standard() -
     assert found["standard"]["width"]["residual"] > 1
     assert found["standard"]["width"]["logits"] > FLAT
     assert found["standard"]["depth"]["residual"] > 0.5
+
+
+@pytest.fixture
+def text_prefix(tmp_path: Path) -> str:
+    """Documents in which a token says much about the next."""
+    rng = np.random.default_rng(3)
+    following = np.stack([rng.permutation(np.arange(4, 64))[:4] for _ in range(64)])
+    documents = []
+    for _ in range(100):
+        tokens = [int(rng.integers(4, 64))]
+        for _ in range(399):
+            tokens.append(int(rng.choice(following[tokens[-1]], p=[0.7, 0.15, 0.1, 0.05])))
+        documents.append([np.array(tokens)])
+    return str(write_with_megatron(tmp_path / "text", documents))
+
+
+@pytest.mark.slow
+def test_best_learning_rate_transfers_under_completep_and_moves_under_the_standard(
+    text_prefix: str,
+) -> None:
+    config = CONFIG.with_sections(
+        model={"vocab_size": 64},
+        diffusion={"objective": "ar"},
+        data={"mock_data": False, "data_path": (text_prefix,), "split": "100,0,0"},
+        optimizer={"lr_warmup_iters": 5},
+    )
+    shapes, grid = [Shape(32, 4), Shape(256, 4)], (0.05, 0.1, 0.2, 0.4, 0.8)
+    moved = {}
+    for kind in ("completep", "standard"):
+        best = best_rates(rates(config, shapes, kind, 50, grid))
+        moved[kind] = grid_steps_moved(best, grid)
+    print(moved, best)
+    assert moved["completep"] < 1 < moved["standard"], moved
 
 
 def test_parameterizations_are_matched_at_the_first_shape() -> None:
