@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import runpy
 from pathlib import Path
 
 import pytest
@@ -39,13 +41,31 @@ def test_study_can_be_planned(path: Path) -> None:
 def test_paper_recipe_has_the_papers_noise_and_shape(recipe: Path) -> None:
     config = load_config(recipe)
     assert config.noise == PUBLISHED_NOISE["paper"]
-    shape = MODEL_PRESETS[recipe.stem]
+    shape = MODEL_PRESETS[recipe.stem.removesuffix("-fp8")]
     assert {name: getattr(config.model, name) for name in shape} == shape
     if recipe.stem in PAPER_TOKENS:
         tokens = (
             config.training.train_iters * config.training.global_batch_size
         ) * config.model.seq_length
         assert tokens == pytest.approx(PAPER_TOKENS[recipe.stem], rel=1e-2)
+
+
+def test_recipes_are_what_their_generator_writes() -> None:
+    written = runpy.run_path(str(ROOT / "examples/configs/generate.py"))["files"]()
+    assert {path.name: path.read_text() for path in PAPER_RECIPES} == written
+
+
+@pytest.mark.parametrize("preset", MODEL_PRESETS)
+def test_a_recipe_in_fp8_differs_from_the_other_in_that_alone(preset: str) -> None:
+    """And can be emulated: its widths and batches are aligned."""
+    plain, quantized = (
+        load_config(ROOT / f"examples/configs/{preset}{kind}.yaml") for kind in ("", "-fp8")
+    )
+    assert quantized.fp8.fp8_format is not None
+    back = quantized.with_sections(
+        precision={"transformer_impl": "local"}, fp8={"fp8_emulate": True}
+    )
+    assert dataclasses.replace(back, fp8=plain.fp8) == plain
 
 
 def test_the_page_on_configuration_lists_the_presets_with_their_parameters() -> None:
