@@ -124,7 +124,7 @@ def test_every_task_gets_its_rank_and_the_arguments_as_they_are(cluster: Cluster
     assert done.returncode == 0, done.stderr
     run = str(cluster.run_folder)
     (step,) = [x for x in seen if x[0] == "srun"]
-    assert step[1] == ["--kill-on-bad-exit=1"]
+    assert step[1] == ["--kill-on-bad-exit=0", "--wait=120"]
     tasks = [x for x in seen if x[0] == "python"]
     port = str(20000 + 4711)
     assert [x[1] for x in tasks] == [
@@ -143,7 +143,8 @@ def test_a_container_is_given_to_srun(cluster: Cluster) -> None:
     _, seen = cluster.train(CONTAINER="registry.example.com#a:1", VENV="")
     (step,) = [x for x in seen if x[0] == "srun"]
     assert step[1] == [
-        "--kill-on-bad-exit=1",
+        "--kill-on-bad-exit=0",
+        "--wait=120",
         "--container-image=registry.example.com#a:1",
         f"--container-mounts={ROOT}:{ROOT},{cluster.run_folder}:{cluster.run_folder}",
         f"--container-workdir={ROOT}",
