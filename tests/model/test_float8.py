@@ -318,29 +318,25 @@ def test_transformer_engine_is_refused_by_the_name_of_its_package_where_absent()
 
 @pytest.mark.usefixtures("single_rank")
 def test_an_emulated_run_tracks_bf16() -> None:
-    """The quickstart's model on made-up tokens: after 30 steps within 0.05 nats per token.
+    """The quickstart's layers on made-up tokens: every step's loss to 1 %, and where weights move to.
 
-    docs/fp8.md has the figures of the whole quickstart.
+    docs/fp8.md has the figures of the whole quickstart. Seen: 0.3 %, and 0.3 of the way.
     """
 
-    def losses(**fp8: Any) -> list[float]:
+    def run(steps: int, **fp8: Any) -> tuple[list[float], torch.Tensor]:
         config = tiny_config(
-            model={"hidden_size": 192, "seq_length": 256, "vocab_size": 2048, "head_init_std": 0.0},
-            noise={"p_prompt": 0.2, "p_infill": 0.0},
-            optimizer={"lr": 0.5, "lr_warmup_iters": 10},
-            training={"train_iters": 30, "micro_batch_size": 4, "global_batch_size": 4},
+            model={"hidden_size": 192, "seq_length": 128, "vocab_size": 512},
+            optimizer={"lr": 0.1, "lr_warmup_iters": 5},
+            training={"train_iters": 12, "micro_batch_size": 4, "global_batch_size": 4},
             fp8=fp8,
             **BF16,
         )
-        trainer = Trainer.build(config)
-        elbos = []
-        for step in range(config.training.train_iters):
-            sums = trainer.train_step(trainer.source.step(step)).sums
-            elbos.append(sums.elbo.item() / sums.count.item())
-        return elbos
+        segment = train_segment(config, steps)
+        return segment.losses, torch.cat([w.flatten().float() for w in segment.weights])
 
-    plain = losses()
-    rounded = losses(fp8_format="hybrid", fp8_recipe="tensorwise", fp8_emulate=True)
-    assert sum(plain[:5]) / 5 - sum(plain[-5:]) / 5 > 0.5, "the run learns"
-    assert rounded != plain
-    assert sum(rounded[-5:]) / 5 == pytest.approx(sum(plain[-5:]) / 5, abs=0.05)
+    _, initial = run(0)
+    plain, weights = run(12)
+    rounded, others = run(12, fp8_format="hybrid", fp8_recipe="tensorwise", fp8_emulate=True)
+    gaps = [abs(a / b - 1) for a, b in zip(rounded, plain, strict=True)]
+    assert 0 < max(gaps) < 0.01, gaps
+    assert (others - weights).norm() < 0.6 * (weights - initial).norm()
