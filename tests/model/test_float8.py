@@ -318,7 +318,7 @@ def test_transformer_engine_is_refused_by_the_name_of_its_package_where_absent()
 
 @pytest.mark.usefixtures("single_rank")
 def test_an_emulated_run_tracks_bf16() -> None:
-    """The quickstart's layers on made-up tokens: every step's loss to 1 %, and where weights move to.
+    """The quickstart's layers on made-up tokens: each loss to 1 %, and where weights move.
 
     docs/fp8.md has the figures of the whole quickstart. Seen: 0.3 %, and 0.3 of the way.
     """
