@@ -55,6 +55,12 @@ def test_recipes_are_what_their_generator_writes() -> None:
     assert {path.name: path.read_text() for path in PAPER_RECIPES} == written
 
 
+def test_the_page_on_recipes_has_the_planners_layouts() -> None:
+    page = runpy.run_path(str(ROOT / "examples/configs/layouts.py"))["page"]()
+    assert page == (ROOT / "docs/recipes.md").read_text(), "run examples/configs/layouts.py"
+    assert page.count("planned, not measured") == 1 and page.count("\n| gidd-") == 48
+
+
 @pytest.mark.parametrize("preset", MODEL_PRESETS)
 def test_a_recipe_in_fp8_differs_from_the_other_in_that_alone(preset: str) -> None:
     """And can be emulated: its widths and batches are aligned."""
