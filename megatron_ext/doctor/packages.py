@@ -33,6 +33,9 @@ REQUIRED = {
     "transformers": ((4, 53), None),
     "sentencepiece": ((0, 2), None),
     "pyarrow": ((15,), None),
+    "scipy": ((1, 10), None),
+    "pandas": ((2,), None),
+    "matplotlib": ((3, 7), None),
 }
 """As in pyproject.toml."""
 _WITHOUT = {"psutil": "megatron-core's checkpoints hang without it"}
