@@ -398,7 +398,8 @@ class PrecisionConfig:
     loss_chunk_size: int | None = None
     """Tokens whose logits exist at a time; chosen from the vocabulary when absent."""
     compile_layers: bool = False
-    """Fuse the layers with torch.compile: minutes at start for a few percent of a step."""
+    """Fuse what lies between a layer's matrix products (norms, rotary embedding, activation,
+    residual sum) with torch.compile."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Norms and linear layers of the transformer: megatron-core's in plain torch, or Transformer
     Engine's (CUDA only; needs the transformer-engine package)."""
@@ -656,16 +657,6 @@ class Config:
             "give --no-master-weights.",
         )  # fmt: skip
         require(
-            not (precision.compile_layers and parallel.overlap_param_gather),
-            "compile_layers", True,
-            "compiled layers do not wait for overlapped weights; leave out --overlap-param-gather.",
-        )  # fmt: skip
-        require(
-            not (precision.compile_layers and tp > 1), "compile_layers", True,
-            "megatron-core's tensor-parallel layers do not compile; use "
-            "--tensor-model-parallel-size 1.",
-        )  # fmt: skip
-        require(
             self.diffusion.objective != "ar" or not self.diffusion.causal_prompt_attn,
             "causal_prompt_attn", True, "--objective ar is causal everywhere.",
         )  # fmt: skip
@@ -688,10 +679,6 @@ class Config:
         """What Transformer Engine's layers ask of the rest."""
         is_local = self.precision.transformer_impl == "local"
         require(
-            is_local or not self.precision.compile_layers, "compile_layers", True,
-            "Transformer Engine's layers are compiled already; leave it out.",
-        )  # fmt: skip
-        require(
             is_local or self.precision.bf16, "transformer_impl", self.precision.transformer_impl,
             "it is for --bf16 runs.",
         )  # fmt: skip
@@ -708,10 +695,6 @@ class Config:
         require(
             is_local or not fp8.fp8_emulate, "fp8_emulate", True,
             "it replaces local layers; give --transformer-impl local.",
-        )  # fmt: skip
-        require(
-            not (fp8.fp8_emulate and self.precision.compile_layers), "compile_layers", True,
-            "emulated layers do not compile; leave it out.",
         )  # fmt: skip
         require(
             not (fp8.fp8_emulate and fp8.fp8_recipe == "delayed")

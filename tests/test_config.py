@@ -220,14 +220,6 @@ REFUSALS = [
         "--use-distributed-optimizer is False: with --bf16 it keeps the master weights",
     ),
     (["--loss-chunk-size", "0"], "--loss-chunk-size is 0"),
-    (
-        ["--compile-layers", "--overlap-param-gather", "--overlap-grad-reduce"],
-        "--compile-layers is True: .*--overlap-param-gather",
-    ),
-    (
-        ["--compile-layers", "--tensor-model-parallel-size", "2"],
-        "--compile-layers is True: .*--tensor-model-parallel-size 1",
-    ),
     (["--train-iters", "0"], "--train-iters is 0"),
     (["--eval-interval", "-1"], "--eval-interval is -1"),
     (["--save-interval", "5"], "--save-interval is 5: give --save"),
@@ -273,8 +265,6 @@ REFUSALS = [
         [*ENGINE, "--fp8-format", "hybrid", "--fp8-emulate"],
         "--fp8-emulate is True: .*--transformer-impl local",
     ),
-    ([*ENGINE, "--compile-layers"], "--compile-layers is True: Transformer Engine"),
-    ([*EMULATED, "--compile-layers"], "--compile-layers is True: emulated"),
     ([*EMULATED, "--fp8-param-gather"], "--fp8-param-gather is True: .*leave it out"),
     (
         [*EMULATED, "--first-last-layers-bf16"],

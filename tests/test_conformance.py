@@ -103,11 +103,6 @@ def test_recorded_numbers_are_met_at_other_layouts_of_two_ranks() -> None:
 
 
 def test_the_recorded_trajectory_is_met_with_every_switch(tmp_path: Path) -> None:
-    """But compiled layers, which tests/training/test_split_invariance.py holds against eager ones.
-
-    Of all gradients of the first step one element, 1e-6 of its tensor's, has a sign below rounding;
-    LaProp moves by the sign, and compiled layers round it to the other.
-    """
     for name in (*E2E, *MODEL_A):
         shutil.copy(DEV / name, tmp_path)
     switches: list[tuple[dict, dict]] = [
@@ -116,6 +111,7 @@ def test_the_recorded_trajectory_is_met_with_every_switch(tmp_path: Path) -> Non
         ({}, {"loss_impl": "compiled", "loss_chunk_size": 7}),
         ({"recompute_granularity": "selective"}, {}),
         ({"recompute_granularity": "full"}, {}),
+        ({}, {"compile_layers": True}),
     ]
     for text, code in run_ranks(1, run_suites, [(str(tmp_path), *x) for x in switches])[0]:
         assert code == 0, text

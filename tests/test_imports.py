@@ -76,7 +76,7 @@ def test_every_part_has_its_place() -> None:
     assert {part for part, _ in parts()} <= LEVEL_OF.keys() | STANDALONE
 
 
-@pytest.mark.parametrize("part", [*LEVEL_OF, *STANDALONE])
+@pytest.mark.parametrize("part", sorted([*LEVEL_OF, *STANDALONE]))
 def test_imports_go_one_way(part: str) -> None:
     for own, path in parts():
         if own != part:

@@ -113,6 +113,7 @@ optimizer:
 
 precision:
   bf16: true
+  compile_layers: true
 {engine}{FLOAT8 if is_fp8 else ""}
 training:
   train_iters: {recipe.steps}

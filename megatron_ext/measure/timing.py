@@ -60,13 +60,14 @@ def alternate(
 ) -> dict[str, Timing]:
     """Times of every way over `repetitions` turns after `warmup` turns that are not counted.
 
-    `max_seconds` ends the turns early, though never before the first. `before` and `after` of a
-    way run around each of its calls and are not timed.
+    `max_seconds` of counted turns end them early, though never before the first. `before` and
+    `after` of a way run around each of its calls and are not timed.
     """
     assert repetitions > 0, "nothing to measure"
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    begin = time.perf_counter()
     for turn in range(-warmup, repetitions):
+        if turn == 0:
+            begin = time.perf_counter()
         names = list(ways) if turn % 2 == 0 else list(ways)[::-1]
         for name in names:
             if before and name in before:

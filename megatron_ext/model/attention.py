@@ -25,6 +25,7 @@ from megatron_ext.kernels.attention import (
     choose_attention,
     for_pattern,
 )
+from megatron_ext.model.fusion import elementwise
 from megatron_ext.model.norms import SplitRMSNorm, normalize_pair
 from megatron_ext.model.rotary import rotate
 from megatron_ext.parallel.collectives import gather_sequence
@@ -131,7 +132,12 @@ class DiffusionSelfAttention(SelfAttention):
     """megatron-core's projections around normalised, rotated, bidirectional attention."""
 
     def __init__(
-        self, config: TransformerConfig, *args: Any, full_width_norm: bool, **kwargs: Any
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        full_width_norm: bool,
+        is_compiled: bool,
+        **kwargs: Any,
     ) -> None:
         without_bias = copy.copy(config)
         without_bias.add_bias_linear = False
@@ -139,8 +145,9 @@ class DiffusionSelfAttention(SelfAttention):
         self.q_norm = self.k_norm = None
         if full_width_norm:
             width, eps = self.query_projection_size, config.layernorm_epsilon
-            self.q_norm = SplitRMSNorm(config, width, eps, self.tp_group)
-            self.k_norm = SplitRMSNorm(config, width, eps, self.tp_group)
+            self.q_norm = SplitRMSNorm(config, width, eps, self.tp_group, is_compiled)
+            self.k_norm = SplitRMSNorm(config, width, eps, self.tp_group, is_compiled)
+        self.rotate = elementwise(rotate, is_compiled, kept=(1, 2))
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [s/cp, b, a/tp, d], normalised but not rotated."""
@@ -148,8 +155,7 @@ class DiffusionSelfAttention(SelfAttention):
         heads = (self.num_attention_heads_per_partition, 3 * self.hidden_size_per_attention_head)
         query, key, value = fused.unflatten(-1, heads).chunk(3, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
-            flat = normalize_pair(query.flatten(2), key.flatten(2), self.q_norm, self.k_norm)
-            query, key = (x.view(value.shape) for x in flat)
+            query, key = normalize_pair(query, key, self.q_norm, self.k_norm)
         return query, key, value
 
     def forward(  # type: ignore[override]
@@ -163,7 +169,8 @@ class DiffusionSelfAttention(SelfAttention):
         del unused
         query, key, value = self.project(hidden_states)
         if rotary_pos_emb is not None:
-            query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
+            cos, sin = rotary_pos_emb.cos(), rotary_pos_emb.sin()
+            query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
         if self.checkpoint_core_attention and self.training:
             output = self._checkpointed_attention_forward(query, key, value, attention_mask)
         else:

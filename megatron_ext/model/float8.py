@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_ext.config import Config, Float8Config, PrecisionConfig, require
 from megatron_ext.kernels.float8 import CurrentScaling, DelayedScaling, Quantizer, float8_linear
-from megatron_ext.model.norms import RMSNorm
+from megatron_ext.model.norms import CompiledRMSNorm, RMSNorm
 
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 from megatron.core.tensor_parallel.layers import (  # isort: skip
@@ -47,9 +47,6 @@ class LayerModules(NamedTuple):
     """Linear layer whose output is split on tp."""
     row: Any
     """Linear layer whose input is split on tp."""
-
-
-LOCAL = LayerModules(RMSNorm, ColumnParallelLinear, RowParallelLinear)
 
 
 def require_transformer_engine(precision: PrecisionConfig) -> None:
@@ -104,13 +101,16 @@ def transformer_engine_modules() -> LayerModules:
 
 def layer_modules(config: Config, groups: ProcessGroupCollection, layer: int) -> LayerModules:
     """The modules of a layer, counted from 0 over the whole model."""
+    is_compiled = config.precision.compile_layers
     if config.precision.transformer_impl == "transformer_engine":
-        return transformer_engine_modules()
+        modules = transformer_engine_modules()
+        return modules._replace(norm=CompiledRMSNorm) if is_compiled else modules
+    norm = CompiledRMSNorm if is_compiled else RMSNorm
     if not config.fp8.fp8_emulate or not config.fp8.quantizes(layer, config.model.num_layers):
-        return LOCAL
+        return LayerModules(norm, ColumnParallelLinear, RowParallelLinear)
     build = _quantizer_builder(config.fp8, groups)
     return LayerModules(
-        RMSNorm,
+        norm,
         _with_quantizer(EmulatedColumnParallelLinear, build),
         _with_quantizer(EmulatedRowParallelLinear, build),
     )

@@ -12,10 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.model.fusion import elementwise
 from megatron_ext.parallel.collectives import all_reduce_sum
 
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # isort: skip
+
+
+def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+    """`x` [..., h] normalised over its last dimension, times offset + weight [h]."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    gain = weight.to(exact) + offset
+    return torch.nn.functional.rms_norm(x.to(exact), gain.shape, gain, eps).to(x.dtype)
+
+
+def sums_of_squares(query: Tensor, key: Tensor) -> Tensor:
+    exact = torch.promote_types(query.dtype, torch.float32)
+    return torch.stack([x.to(exact).square().sum((-2, -1)) for x in (query, key)])
+
+
+def scale(x: Tensor, mean_square: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
+    exact = mean_square.dtype
+    return (x.to(exact) * torch.rsqrt(mean_square + eps) * (weight.to(exact) + offset)).to(x.dtype)
 
 
 class RMSNorm(torch.nn.Module):
@@ -25,18 +43,25 @@ class RMSNorm(torch.nn.Module):
     marked so that megatron-core reduces it.
     """
 
+    is_compiled = False
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.norm = elementwise(rms_norm, self.is_compiled, kept=(0, 1))
         self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.weight = torch.nn.Parameter(torch.zeros(hidden_size, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        gain = self.weight.to(exact) + self.offset
-        return torch.nn.functional.rms_norm(x.to(exact), gain.shape, gain, self.eps).to(x.dtype)
+        return self.norm(x, self.weight, self.offset, self.eps)
+
+
+class CompiledRMSNorm(RMSNorm):
+    """Specs take classes, and no arguments."""
+
+    is_compiled = True
 
 
 class SplitRMSNorm(torch.nn.Module):
@@ -52,9 +77,12 @@ class SplitRMSNorm(torch.nn.Module):
         width: int,
         eps: float,
         tp_group: torch.distributed.ProcessGroup,
+        is_compiled: bool,
     ) -> None:
         super().__init__()
         self.width, self.eps, self.tp_group = width, eps, tp_group
+        self.scale = elementwise(scale, is_compiled, kept=(0, 1, 2))
+        self.sums_of_squares = elementwise(sums_of_squares, is_compiled, kept=(0, 1))
         self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.weight = torch.nn.Parameter(torch.zeros(width // tp_group.size(), device=device))
@@ -71,18 +99,16 @@ class SplitRMSNorm(torch.nn.Module):
         )
 
     def forward(self, x: Tensor, sum_of_squares: Tensor) -> Tensor:
-        """`x` [..., width/tp] normalised by its row's sum of squares [..., 1] over all ranks."""
-        exact = sum_of_squares.dtype
-        inverse = torch.rsqrt(sum_of_squares / self.width + self.eps)
-        return (x.to(exact) * inverse * (self.weight.to(exact) + self.offset)).to(x.dtype)
+        """`x` [s, b, a/tp, d] by its token's sum of squares [s, b, 1, 1] over all ranks."""
+        weight = self.weight.view(x.shape[2:])
+        return self.scale(x, sum_of_squares / self.width, weight, self.offset, self.eps)
 
 
 def normalize_pair(
     query: Tensor, key: Tensor, query_norm: SplitRMSNorm, key_norm: SplitRMSNorm
 ) -> tuple[Tensor, Tensor]:
-    """Normalise queries and keys [s, b, width/tp] over the full width with one all-reduce."""
-    exact = torch.promote_types(query.dtype, torch.float32)
-    squares = torch.stack([x.to(exact).square().sum(-1) for x in (query, key)])
-    query_squares, key_squares = all_reduce_sum(squares, query_norm.tp_group).unsqueeze(-1)
+    """Normalise queries and keys [s, b, a/tp, d] over the full width with one all-reduce."""
+    squares = query_norm.sums_of_squares(query, key)
+    query_squares, key_squares = all_reduce_sum(squares, query_norm.tp_group)[..., None, None]
     # Called as modules: megatron-core waits for a module's overlapped weights when it is called.
     return query_norm(query, query_squares), key_norm(key, key_squares)

@@ -17,9 +17,12 @@ def rotary_table(positions: Tensor, head_width: int, base: float) -> Tensor:
     return by_position.t().unsqueeze(-1).float() * frequency
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate `x` [s, b, a, d] by `angles` [s, 1 or b, d / 2]; the result has the dtype of `x`."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `x` [s, b, a, d] by angles whose cosines and sines are [s, 1 or b, d / 2], float32.
+
+    The result has the dtype of `x`.
+    """
     exact = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (part.to(exact).unsqueeze(2) for part in (angles.cos(), angles.sin()))
+    cos, sin = (part.to(exact).unsqueeze(2) for part in (cos, sin))
     first, second = x.to(exact).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

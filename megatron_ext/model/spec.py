@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megatron_ext.config import Config, ModelConfig
+from megatron_ext.config import Config
 from megatron_ext.model.attention import (
     AttentionCore,
     AttentionSettings,
     DiffusionSelfAttention,
 )
 from megatron_ext.model.float8 import LayerModules, layer_modules
+from megatron_ext.model.fusion import elementwise
 
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 from megatron.core.transformer.attention import SelfAttentionSubmodules  # isort: skip
@@ -26,17 +27,21 @@ from megatron.core.transformer.transformer_layer import (  # isort: skip
 )
 
 
-def residual_add(multiplier: float) -> Callable:
+def add_residual(residual: Tensor, x: Tensor, bias: Tensor | None, multiplier: float) -> Tensor:
+    return residual.add(x if bias is None else x + bias, alpha=multiplier)
+
+
+def residual_add(multiplier: float, is_compiled: bool) -> Callable:
     """megatron-core's bias-dropout-add slot as `residual + multiplier (x + bias)`."""
+
+    function = elementwise(add_residual, is_compiled, kept=())
 
     def select(training: bool, fused: bool) -> Callable:
         del training, fused
 
         def add(output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
             assert dropout == 0.0, "the model has no dropout"
-            x, bias = output
-            x = x if bias is None else x + bias
-            return residual.add(x, alpha=multiplier)
+            return function(residual, *output, multiplier)
 
         return add
 
@@ -51,14 +56,16 @@ def _core_attention(settings: AttentionSettings) -> Callable:
 
 
 def layer_spec(
-    model: ModelConfig, attention_settings: AttentionSettings, modules: LayerModules
+    config: Config, attention_settings: AttentionSettings, modules: LayerModules
 ) -> ModuleSpec:
     """One pre-norm transformer layer."""
+    is_compiled = config.precision.compile_layers
     attention = ModuleSpec(
         module=DiffusionSelfAttention,
         params={
             "attn_mask_type": AttnMaskType.arbitrary,
-            "full_width_norm": model.qk_norm == "full",
+            "full_width_norm": config.model.qk_norm == "full",
+            "is_compiled": is_compiled,
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=modules.column,
@@ -66,7 +73,7 @@ def layer_spec(
             linear_proj=modules.row,
         ),
     )
-    add = residual_add(model.residual_multiplier)
+    add = residual_add(config.model.residual_multiplier, is_compiled)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -92,6 +99,6 @@ def block_spec(
     """One pipeline stage's layers, counted from 0 over the whole model, and the final norm."""
     modules = [layer_modules(config, groups, layer) for layer in layers]
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(config.model, attention_settings, each) for each in modules],
+        layer_specs=[layer_spec(config, attention_settings, each) for each in modules],
         layer_norm=modules[0].norm,
     )

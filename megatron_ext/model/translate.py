@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from megatron_ext.config import Config, Float8Config
+from megatron_ext.model.fusion import elementwise
 from megatron_ext.parallel.cpu import enable_cpu
 
 enable_cpu()
@@ -15,18 +17,20 @@ from megatron.core.activations import squared_relu  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 
-def _squared_relu(x: torch.Tensor) -> torch.Tensor:
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x).square()
 
 
 # megatron-core's is built by torch.compile at its first call. That saves a pass over memory on a
 # GPU; on a CPU it needs a C++ compiler, and machine code that another process left in the shared
 # cache for other vector instructions gives wrong numbers without an error.
-_ACTIVATIONS = {
-    "squared_relu": squared_relu if torch.cuda.is_available() else _squared_relu,
-    "gelu": torch.nn.functional.gelu,
-    "swiglu": torch.nn.functional.silu,
-}
+def _activation(config: Config) -> Callable[[torch.Tensor], torch.Tensor]:
+    if config.model.activation != "squared_relu":
+        functional = torch.nn.functional
+        return {"gelu": functional.gelu, "swiglu": functional.silu}[config.model.activation]
+    if torch.cuda.is_available() and not config.precision.compile_layers:
+        return squared_relu
+    return elementwise(relu_squared, config.precision.compile_layers, kept=(0,))
 
 
 def _leave_uninitialized(weight: torch.Tensor) -> None:
@@ -57,7 +61,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         layernorm_zero_centered_gamma=model.apply_layernorm_1p,
-        activation_func=_ACTIVATIONS[model.activation],
+        activation_func=_activation(config),
         gated_linear_unit=model.activation == "swiglu",
         add_bias_linear=model.mlp_bias,
         hidden_dropout=0.0,

@@ -152,7 +152,7 @@ def config_for(config: Config, device: Device) -> Config:
     FP8 is left out: Transformer Engine takes no fake tensors. A tokenizer is opened only where
     there is no --vocab-size; without either, the vocabulary is the paper's.
     """
-    changes: dict[str, Any] = {"compile_layers": False, "transformer_impl": "local"}
+    changes: dict[str, Any] = {"transformer_impl": "local"}
     for name, on_cpu in (("attention_impl", "blocked"), ("loss_impl", "chunked")):
         if getattr(config.precision, name) in ("auto", "flash", "flex", "triton", "compiled"):
             changes[name] = "described" if device == "gpu" else on_cpu

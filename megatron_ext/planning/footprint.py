@@ -6,8 +6,8 @@ fused loss. With t = tp, b tokens of a micro-batch on a rank, h, w (attention), 
     weights 2, gradients 4 bytes per parameter, optimizer 12 / (dp cp)
     saved by a layer per token: (U h + W w + F f) / t with sequence parallelism
 
-The coefficients count what autograd keeps in this model's eager layers, most of it float32 inside
-the norms; `LayerBytes` says how much is due to what. A pipeline stage holds the micro-batches that
+The coefficients count what autograd keeps in this model's layers with `--compile-layers`;
+`LayerBytes` says how much is due to what. A pipeline stage holds the micro-batches that
 have gone forward and not yet back. The peak is the largest of: the end of a forward pass, the
 loss (last stage), the embedding's gradient (first stage), the optimizer's temporaries.
 """
@@ -43,29 +43,25 @@ class LayerBytes:
         )
 
 
-SAVED = LayerBytes(20.1, 14.5, 4.0)
-SAVED_BY_QK_NORM = LayerBytes(0.0, 24.0, 0.0)
+SAVED = LayerBytes(8.1, 14.2, 4.0)
 SAVED_BY_GATE = LayerBytes(0.0, 0.0, 6.0)
 INPUT = LayerBytes(2.0, 0.0, 0.0)
 """Of a layer that is recomputed."""
-BACKWARD = LayerBytes(6.0, 0.0, 2.0)
-"""Gradients of activations that exist at once, at most."""
-BACKWARD_OF_RECOMPUTED = LayerBytes(14.0, 0.0, 3.0)
-"""The same where a layer's activations have just been made again."""
-HEAD_HIDDEN = 18.0
-"""Bytes per token and hidden width between the last layer and the loss: the final norm in float32,
-its output and its gradient."""
+BACKWARD = (LayerBytes(4.0, 0.0, 2.0), LayerBytes(-1.6, 22.0, -4.0))
+"""Gradients of activations that exist at once, at most: in the feed-forward layer, or in attention,
+when what the former had saved is free."""
+RECOMPUTED = LayerBytes(2.0, 0.0, 0.0)
+"""Beside that where a layer's activations have just been made again."""
+MESSAGES = LayerBytes(8.0, 0.0, 0.0)
+"""What a pipeline stage has received and not yet used, or is still sending."""
+HEAD_HIDDEN = 4.3
+"""Bytes per token and hidden width between the last layer and the loss."""
 WEIGHT, GRADIENT, STATE, FP8_COPIES = 2, 4, 12, 2
 """Bytes per parameter; FP8 copies of a matrix and its transpose, beside the BF16 weight."""
 
 
 def saved_by_layer(model: ModelConfig) -> LayerBytes:
-    saved = SAVED
-    if model.qk_norm == "full":
-        saved += SAVED_BY_QK_NORM
-    if model.activation == "swiglu":
-        saved += SAVED_BY_GATE
-    return saved
+    return SAVED + SAVED_BY_GATE if model.activation == "swiglu" else SAVED
 
 
 @dataclass(frozen=True)
@@ -113,14 +109,19 @@ def _of_stage(model: ModelConfig, shape: Shape, spread: Spread, stage: int) -> F
     saved, in_flight = saved_by_layer(model), layers_in_flight(spread, shape.num_layers, stage)
     if spread.recompute == "full":
         kept = in_flight * INPUT.of(shape, t) * tokens
-        working = (saved + BACKWARD_OF_RECOMPUTED).of(shape, t) * tokens
+        working = (saved + RECOMPUTED).of(shape, t) * tokens
     else:
         if spread.recompute == "selective":
             saved += LayerBytes(0.0, -2.0, 0.0)
         kept = in_flight * saved.of(shape, t) * tokens
-        working = BACKWARD.of(shape, t) * tokens
+        working = 0.0
+    working += max(gradients.of(shape, t) for gradients in BACKWARD) * tokens
+    if spread.pipeline > 1:
+        working += MESSAGES.of(shape, t) * tokens
     loss = _loss_bytes(shape, table, t, tokens) if is_last else 0.0
-    tile = 12 * min(parameters / shards, OPTIMIZER_TILE)
+    # Of one group of parameters at a time: matrices, or tables.
+    group = max(matrices, parameters - matrices)
+    tile = 12 * min(parameters / shards, group, OPTIMIZER_TILE)
     head = HEAD_HIDDEN * shape.hidden * tokens if is_last else 0.0
     own = own_layers / spread.virtual * saved.of(shape, t) * tokens
     candidates = {
@@ -146,4 +147,4 @@ def _loss_bytes(shape: Shape, table: float, tensor: int, tokens: int) -> float:
     and its BF16 copy; the gradient of the hidden states."""
     width = shape.vocabulary // tensor
     chunk = min(tokens_per_chunk(width, None), tokens)
-    return 2 * chunk * width + 8 * table + 2 * shape.hidden * tokens
+    return 2 * chunk * width + 8 * table + 4 * shape.hidden * tokens

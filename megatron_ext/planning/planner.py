@@ -208,7 +208,7 @@ def _config(base: Config, model: ModelConfig, spread: Spread) -> Config | None:
         "recompute_num_layers": 1,
     }
     training = {"micro_batch_size": spread.micro_batch, "global_batch_size": spread.global_batch}
-    precision: dict[str, Any] = {"bf16": True, "master_weights": True, "compile_layers": False}
+    precision: dict[str, Any] = {"bf16": True, "master_weights": True, "compile_layers": True}
     fp8 = WITHOUT_FP8
     if spread.precision == "fp8":
         precision["transformer_impl"] = "transformer_engine"

@@ -67,7 +67,9 @@ class TrafficCounts:
     def observe(self, function: Any, arguments: tuple[Any, ...], result: Any, phase: Phase) -> None:
         packet = function.overloadpacket
         is_free = function.is_view or packet in _FREE or function.namespace != "aten"
-        if not is_free and packet not in _FACTORS_FIRST:
+        if packet is torch.ops.megatron_ext.described_fusion:
+            self.num_bytes[phase] += _bytes_of(arguments[0]) + _bytes_of(result)
+        elif not is_free and packet not in _FACTORS_FIRST:
             read = arguments[1:] if packet in _OVERWRITING else arguments
             self.num_bytes[phase] += _bytes_of(read) + _bytes_of(result)
 

@@ -14,7 +14,8 @@
 
 `rate` and `narrow` are fitted on published runs (`calibration`), in BF16 and in FP8; all else is
 taken from data sheets and counted. Bytes of elementwise work are the stack's: `FUSED_LAYER` is that
-of kernels that megatron-core fuses, `EAGER_LAYER` what dry runs count in this project's layers.
+of kernels that megatron-core fuses, `OUR_LAYER` what dry runs count in this project's layers with
+`--compile-layers`.
 """
 
 from __future__ import annotations
@@ -59,22 +60,18 @@ class Traffic:
 
 
 FUSED_LAYER = Traffic(LayerBytes(40, 20, 8), LayerBytes(80, 40, 18))
-EAGER_LAYER = Traffic(LayerBytes(98, 148, 8), LayerBytes(224, 183, 8), 10.0)
-EAGER_QK_NORM = Traffic(LayerBytes(0, 100, 0), LayerBytes(0, 200, 0))
-EAGER_SQUARE = Traffic(LayerBytes(0, 0, 4), LayerBytes(0, 0, 14))
-"""Of squared_relu over gelu."""
-EAGER_GATE = Traffic(LayerBytes(0, 0, 14), LayerBytes(0, 0, 22))
+OUR_LAYER = Traffic(LayerBytes(20, 60, 8), LayerBytes(36, 88, 8), 10.0)
+OUR_QK_NORM = Traffic(LayerBytes(0, 12, 0), LayerBytes(0, 32, 0))
+OUR_GATE = Traffic(LayerBytes(0, 0, 14), LayerBytes(0, 0, 22))
 
 
 def layer_traffic(model: ModelConfig) -> Traffic:
-    """Of this project's layers, run operation by operation."""
-    total = EAGER_LAYER
+    """Of this project's layers with `--compile-layers`."""
+    total = OUR_LAYER
     if model.qk_norm == "full":
-        total += EAGER_QK_NORM
+        total += OUR_QK_NORM
     if model.activation == "swiglu":
-        total += EAGER_GATE
-    elif model.activation == "squared_relu":
-        total += EAGER_SQUARE
+        total += OUR_GATE
     return total
 
 

@@ -2,14 +2,14 @@
 
     python -m megatron_ext.training.bench [--quick] [--json FILE]
 
-`hybrid` and `masked` are this project's step (one rank, gloo) with those objectives; the others are
-those of `training.comparison`, so far as memory holds them beside each other. The floor is the
-model's FLOPs (forward and backward, head included) at the rate at which this machine multiplies
-the matrices of the step, measured in turn with the steps. MFU is the share of the rate of one
-large square product of the same type. Times are with freed memory kept, as the training program
-runs, and for the first size also with glibc's default. Peak memory is what a step needs beyond
-weights, gradients and optimizer state, each way in a process of its own, with freed memory given
-back.
+`hybrid` and `masked` are this project's step (one rank, gloo) with those objectives, the first also
+with `--compile-layers`; the others are those of `training.comparison`, so far as memory holds them
+beside each other. The floor is the model's FLOPs (forward and backward, head included) at the rate
+at which this machine multiplies the matrices of the step, measured in turn with the steps. MFU is
+the share of the rate of one large square product of the same type. Times are with freed memory
+kept, as the training program runs, and for the first size also with glibc's default. Peak memory is
+what a step needs beyond weights, gradients and optimizer state, each way in a process of its own,
+with freed memory given back.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ from megatron_ext.training.comparison import Rival, RivalStep
 from megatron_ext.training.loop import Trainer
 from megatron_ext.training.step_profile import GROUPS, profile_steps
 
-OURS = ("hybrid", "masked")
+COMPILED = "hybrid, compiled layers"
+OURS = ("hybrid", COMPILED, "masked")
 WAYS = (*OURS, *get_args(Rival))
 MODULE = "megatron_ext.training.bench"
 SEQUENCES = 2
@@ -90,16 +91,16 @@ INPUT_COLUMNS = [
 ]
 
 
-def run_config(case: dict[str, Any], objective: str = "hybrid") -> Config:
+def run_config(case: dict[str, Any], way: str = "hybrid") -> Config:
     """The run that a case measures; the noise is the default recipe's."""
     return Config().with_sections(
         model={**case["shape"], "vocab_size": case["vocab_size"]},
-        diffusion={"objective": objective},
+        diffusion={"objective": "masked" if way == "masked" else "hybrid"},
         data={
             "mock_data": True, "mask_token_id": MASK_ID, "pad_token_id": PAD_ID, "num_workers": 0,
         },
         optimizer={"clip_grad": 0.0},
-        precision={"bf16": case["precision"] == "bf16"},
+        precision={"bf16": case["precision"] == "bf16", "compile_layers": way == COMPILED},
         training={
             "micro_batch_size": case["sequences"], "global_batch_size": case["sequences"],
         },
@@ -108,7 +109,7 @@ def run_config(case: dict[str, Any], objective: str = "hybrid") -> Config:
 
 def build_step(way: str, case: dict[str, Any]) -> tuple[Callable[[], object], int]:
     """A training step on one fixed batch, and the bytes of gradients that are made inside it."""
-    config = run_config(case, way if way in OURS else "hybrid")
+    config = run_config(case, way)
     if way in OURS:
         trainer = Trainer.build(config)
         batches = trainer.source.step(0)
@@ -143,7 +144,7 @@ def bytes_needed(way: str, case: dict[str, Any]) -> tuple[int, int]:
     """Rough memory of a way: what stays between its steps, and what a step needs beside that."""
     model = run_config(case).model
     logits = 4 * case["sequences"] * model.seq_length * case["vocab_size"]
-    copies = {"hybrid": 1, "masked": 1, "modernbert": 4, "llama": 4}.get(way, 14)
+    copies = 1 if way in OURS else {"modernbert": 4, "llama": 4}.get(way, 14)
     stays = 18 if way in OURS else 16
     return stays * total_parameters(model, case["vocab_size"]), copies * logits + 2**30
 
@@ -234,10 +235,10 @@ def cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Model x vocabulary x precision."""
     if arguments.quick:
         shared = {"sequences": SEQUENCES, "repetitions": 1, "max_seconds": 10, "square": 128}
-        ways = [x for x in WAYS if x != "dense, compiled loss"]
+        ways = [x for x in WAYS if "compiled" not in x]
         shape = {"model": "tiny", "shape": QUICK_MODEL, "vocab_size": 512, "ways": ways}
         return [{**shape, **shared, "precision": "bf16"}]
-    shared = {"sequences": SEQUENCES, "repetitions": 5, "max_seconds": 30, "square": 4096}
+    shared = {"sequences": SEQUENCES, "repetitions": 5, "max_seconds": 120, "square": 4096}
     return [
         {
             "model": name, "shape": {**MODEL_PRESETS[name], **SHAPE}, "ways": list(WAYS),

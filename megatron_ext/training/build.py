@@ -174,10 +174,6 @@ def build_model(
         for i, chunk in enumerate(chunks)
     ]
     _connect(wrapped, config)
-    if config.precision.compile_layers:
-        for chunk in chunks:
-            for layer in chunk.decoder.layers:
-                layer.compile()
     return wrapped
 
 

@@ -28,11 +28,12 @@ from tests.training.tiny import split, tiny_config
 HALF = 2
 TOLERANCE = 1e-5
 
+BF16: dict[str, dict[str, Any]] = {"precision": {"bf16": True}}
 ONE_RANK: dict[str, dict[str, dict[str, Any]]] = {
     "plain_optimizer": split(use_distributed_optimizer=False),
     "distributed_optimizer": {},
     "adamw": {"optimizer": {"optimizer": "adamw", "lr": 0.1}},
-    "bf16": {"precision": {"bf16": True}},
+    "bf16": BF16,
     "pure_bf16": {
         "precision": {"bf16": True, "master_weights": False},
         **split(use_distributed_optimizer=False),
@@ -50,8 +51,14 @@ TWO_RANKS: dict[str, dict[str, dict[str, Any]]] = {
     "dp2_overlap": split(**OVERLAP),
     "dp2_plain_optimizer": split(use_distributed_optimizer=False),
     "pp2_vpp2": split(pp=2, virtual=2),
-    "pp2_vpp2_bf16": {**split(pp=2, virtual=2), "precision": {"bf16": True}},
+    "pp2_vpp2_bf16": {**split(pp=2, virtual=2), **BF16},
     "cp2": split(cp=2),
+    "dp2_bf16": BF16,
+    "tp2_bf16": {**split(tp=2), **BF16},
+    "tp2_sp_bf16": {**split(tp=2, sequence_parallel=True), **BF16},
+    "pp2_bf16": {**split(pp=2), **BF16},
+    "cp2_bf16": {**split(cp=2), **BF16},
+    "pp2": split(pp=2),
 }
 CHAIN: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("tp2", split(tp=2)),

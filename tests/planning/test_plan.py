@@ -42,7 +42,7 @@ def run_of(
     shape = {"num_layers": 4, "hidden_size": 512, "num_attention_heads": 4, "seq_length": 512}
     config = Config().with_sections(
         model=shape | {"vocab_size": 8192} | model, parallel=parallel or {},
-        precision={"bf16": True},
+        precision={"bf16": True, "compile_layers": True},
     )  # fmt: skip
     batch = micro * count * world // config.parallel.model_parallel_size
     config = config.with_sections(training={"micro_batch_size": micro, "global_batch_size": batch})
@@ -75,7 +75,7 @@ def test_planned_memory_is_that_of_the_dry_run(name: str) -> None:
     ends = {0, spread.gpus - 1} if spread.pipeline > 1 else {0}
     runs = [dry_run(config, spread.gpus, rank) for rank in ends]
     planned = footprint(config.model, config.model.vocab_size, spread)
-    assert planned.total == pytest.approx(max(run.peak_bytes for run in runs), rel=0.06)
+    assert planned.total == pytest.approx(max(run.peak_bytes for run in runs), rel=0.04)
 
 
 def test_the_optimizers_tile_is_the_planned_one() -> None:
@@ -101,7 +101,7 @@ def test_planned_traffic_of_a_layer_is_what_its_operations_move(changes: dict[st
     }
     model, tokens = many[0].model, 2 * 512
     traffic, shape = layer_traffic(model), Shape.of(model, 8192)
-    assert traffic.forward.of(shape, 2) * tokens == pytest.approx(counted["forward"], rel=0.03)
+    assert traffic.forward.of(shape, 2) * tokens == pytest.approx(counted["forward"], rel=0.04)
     backward = traffic.backward.of(shape, 2) * tokens
     backward += traffic.per_parameter * shape.layer_parameters / 2
     assert backward == pytest.approx(counted["backward"], rel=0.05)
@@ -189,10 +189,10 @@ def test_what_does_not_fit_is_left_out() -> None:
 
 
 def test_the_best_plans_step_needs_the_memory_that_was_planned() -> None:
-    best = plan("gidd-202m", 256, "H100", 64, limit=1)[0]
-    assert best.spread.num_microbatches <= 4
-    run = dry_run(best.config, 64)
-    assert best.memory_bytes == pytest.approx(run.peak_bytes, rel=MEMORY_BAND)
+    plans = plan("gidd-202m", 256, "H100", 64)
+    best = next(x for x in plans if x.spread.num_microbatches <= 4)
+    peak = max(dry_run(best.config, 64, rank).peak_bytes for rank in (0, 63))
+    assert best.memory_bytes == pytest.approx(peak, rel=MEMORY_BAND)
 
 
 def test_a_plans_command_starts_the_planned_run() -> None:

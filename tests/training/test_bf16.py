@@ -1,4 +1,4 @@
-"""BF16 tracks FP32, with and without master weights, on one rank and with tp 2."""
+"""BF16 tracks FP32, with and without master weights, at several layouts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ext.config import Config
 from tests.distributed import run_ranks
 from tests.training.tiny import Run, run_cases, split, tiny_config
 
@@ -18,19 +19,22 @@ CASES: dict[str, dict[str, Any]] = {
     "fp32": split(tp=2),
     "bf16": {**split(tp=2), "precision": {"bf16": True}},
     "bf16_sp": {**split(tp=2, sequence_parallel=True), "precision": {"bf16": True}},
+    "bf16_pp2": {**split(pp=2), "precision": {"bf16": True}},
+    "bf16_pp2_vpp2": {**split(pp=2, virtual=2), "precision": {"bf16": True}},
+    "bf16_cp2": {**split(cp=2), "precision": {"bf16": True}},
     "bf16_dp2": {"precision": {"bf16": True}},
     "pure_bf16": {**split(tp=2, use_distributed_optimizer=False), "precision": PURE},
 }
 
 
+def config_of(sections: dict[str, Any]) -> Config:
+    training = {"train_iters": STEPS, "micro_batch_size": 4}
+    return tiny_config(**sections, training=training, optimizer={"lr": 0.03})
+
+
 @pytest.fixture(scope="module")
 def runs() -> dict[str, Run]:
-    training = {"train_iters": STEPS, "micro_batch_size": 4}
-    configs = {
-        name: tiny_config(**sections, training=training, optimizer={"lr": 0.03})
-        for name, sections in CASES.items()
-    }
-    ranks = run_ranks(2, run_cases, configs)
+    ranks = run_ranks(2, run_cases, {name: config_of(case) for name, case in CASES.items()})
     for run in ranks[0].values():
         assert run.error is None, run.error
     return ranks[0]
@@ -40,12 +44,19 @@ def gap(run: Run, reference: Run) -> float:
     return max(abs(a / b - 1) for a, b in zip(run.losses, reference.losses, strict=True))
 
 
-@pytest.mark.parametrize("name", ["bf16", "bf16_sp", "bf16_dp2", "pure_bf16"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "fp32"])
 def test_bf16_tracks_fp32(name: str, runs: dict[str, Run]) -> None:
     run, reference = runs[name], runs["fp32"]
     assert len(run.losses) == STEPS and all(run.applied)
     assert 0 < gap(run, reference) < GAP, gap(run, reference)
     assert run.validation[0][0] == pytest.approx(reference.validation[0][0], rel=GAP)
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_bf16_on_one_rank_tracks_fp32_on_two(runs: dict[str, Run]) -> None:
+    run = run_cases(0, {"bf16": config_of({"precision": {"bf16": True}})})["bf16"]
+    assert run.error is None, run.error
+    assert 0 < gap(run, runs["fp32"]) < GAP
 
 
 def test_gains_stay_in_float32_and_matrices_do_not(runs: dict[str, Run]) -> None:

@@ -118,7 +118,10 @@ LAYOUTS: dict[str, Layout] = {
     "compiled": layout(1, sections=COMPILED),
     "compiled_recompute_full": layout(1, sections=COMPILED, recompute_granularity="full"),
     # two ranks
-    "dp2_compiled": layout(2, sections=COMPILED),
+    "tp2_sp_compiled": layout(2, tp=2, sequence_parallel=True, sections=COMPILED),
+    "pp2_vpp2_compiled": layout(2, pp=2, virtual=2, sections=COMPILED),
+    "cp2_compiled": layout(2, cp=2, sections=COMPILED),
+    "dp2_overlap_compiled": layout(2, sections=COMPILED, **OVERLAP),
     "tp2": layout(2, tp=2),
     "tp2_sp": layout(2, tp=2, sequence_parallel=True),
     "tp2_padded": layout(2, tp=2, sections={"model": {"make_vocab_size_divisible_by": 128}}),
