@@ -2,6 +2,7 @@
 # make test         the test suite
 VENV ?= .venv
 PYTHON ?= python3
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -20,8 +21,8 @@ install: $(INSTALLED)  ## Create .venv and install requirements.txt
 quickstart: $(INSTALLED)  ## Train a small model on real text, continue it at another layout, sample
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart/run.sh
 
-test: $(INSTALLED)  ## Run the test suite
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## Run the test suite, JOBS=2 files at a time
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test-transformers: $(INSTALLED)  ## Test the exported model's code with other versions of transformers
 	$(BIN)/python -m tests.hf.environments 4.53.3 4.57.6

@@ -74,7 +74,8 @@ def main(arguments: list[str]) -> int:
     names = "import megatron.core, torch; print(megatron.core.__version__, torch.__version__)"
     said = subprocess.run([python, "-W", "ignore", "-c", names], capture_output=True, text=True)
     print("megatron-core, torch:", said.stdout.strip(), flush=True)
-    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider"]
+    command += ["--numprocesses", "2", "--dist", "loadfile", *arguments]
     return subprocess.run(command, cwd=ROOT).returncode
 
 

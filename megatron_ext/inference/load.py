@@ -112,10 +112,14 @@ def _load_run(
         raise ValueError(f"--load is {str(root)!r}: there is no config.yaml of a run in it.")
     saved = load_config(path)
     path_of_tokenizer = tokenizer or saved.data.tokenizer_model
+    # The weights serve every implementation; compiled layers would compile for every length.
+    precision = replace(
+        saved.precision, attention_impl="auto", transformer_impl="local", compile_layers=False
+    )
     config = Config(
         model=saved.model,
         diffusion=saved.diffusion,
-        precision=replace(saved.precision, attention_impl="auto"),
+        precision=precision,
         noise=saved.noise,
         data=saved.with_sections(data={"tokenizer_model": path_of_tokenizer}).data,
         parallel=parallel,

@@ -7,9 +7,9 @@ with `--compile-layers`; the others are those of `training.comparison`, so far a
 beside each other. The floor is the model's FLOPs (forward and backward, head included) at the rate
 at which this machine multiplies the matrices of the step, measured in turn with the steps. MFU is
 the share of the rate of one large square product of the same type. Times are with freed memory
-kept, as the training program runs, and for the first size also with glibc's default. Peak memory is
-what a step needs beyond weights, gradients and optimizer state, each way in a process of its own,
-with freed memory given back.
+kept, as the training program runs, and with glibc's default, for sizes after the first those of the
+hybrid and dense forms alone. Peak memory is what a step needs beyond weights, gradients and
+optimizer state, each way in a process of its own, with freed memory given back.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ from megatron_ext.training.step_profile import GROUPS, profile_steps
 COMPILED = "hybrid, compiled layers"
 OURS = ("hybrid", COMPILED, "masked")
 WAYS = (*OURS, *get_args(Rival))
+COMPARED = ("hybrid", "dense", "dense, compiled loss")
+"""Timed with glibc's default for every size."""
 MODULE = "megatron_ext.training.bench"
 SEQUENCES = 2
 SHAPE = {"seq_length": 512}
@@ -273,21 +275,24 @@ def time_in_groups(
 def measure(
     case: dict[str, Any],
     tables: dict[str, Table],
-    allocators: list[Allocator],
+    allocators: dict[Allocator, list[str]],
     call: Callable[..., Any],
 ) -> None:
-    """Measure one case and add its rows to the tables; `call` is that of `call_in_child`."""
+    """Measure one case and add its rows to the tables.
+
+    `allocators` has the ways to time with each; `call` is that of `call_in_child`.
+    """
     name = {key: case[key] for key in ("model", "vocab_size", "precision")}
     peaks = {way: call(f"{MODULE}:memory_case", {"case": case, "way": way}) for way in case["ways"]}
-    for allocator in allocators:
-        found = time_in_groups(case, allocator, call)
+    for allocator, ways in allocators.items():
+        found = time_in_groups({**case, "ways": ways}, allocator, call)
         returned = "given back" if allocator == "default" else "kept"
-        for way in [*case["ways"], "floor"]:
+        for way in [*ways, "floor"]:
             row = {**name, "allocator": returned, "way": way, "peak_bytes": peaks.get(way)}
             tables["step"].rows.append(row | found["rows"].get(way, {}))
-        if allocator == allocators[0]:
+        if allocator == "kept":
             tables["input"].rows.append({**name, **found["input"]})
-    seconds = call(f"{MODULE}:profile_case", {"case": case}, allocator=allocators[0])
+    seconds = call(f"{MODULE}:profile_case", {"case": case}, allocator="kept")
     total = sum(seconds.values())
     shares = {group: value / total for group, value in seconds.items()}
     tables["profile"].rows.append({**name, "total_s": total, **shares})
@@ -308,10 +313,11 @@ def main() -> None:
     }
     report = Report("step", vars(arguments), list(tables.values()))
     for case in cases(arguments):
-        # One size is enough to see what the allocator does.
+        # For one size it is enough to see what the allocator does to the others.
         sizes = (arguments.models[0], arguments.vocab_sizes[0])
         is_first = (case["model"], case["vocab_size"]) == sizes
-        allocators: list[Allocator] = ["kept", "default"] if is_first else ["kept"]
+        compared = [way for way in case["ways"] if is_first or way in COMPARED]
+        allocators: dict[Allocator, list[str]] = {"kept": case["ways"], "default": compared}
         # A tiny case is not worth a dozen processes.
         call = call_here if arguments.quick else call_in_child
         measure(case, tables, allocators, call)

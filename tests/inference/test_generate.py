@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.cli import dump_config
 from megatron_ext.config import ParallelConfig
 from megatron_ext.hf.steps_gidd import SamplingConfig
 from megatron_ext.inference.generate import HOLE_TEXT, generate
 from megatron_ext.inference.load import load_model
+from megatron_ext.model.norms import RMSNorm
 from tests.distributed import run_ranks
-from tests.inference.folders import hugging_face_folder, training_run
+from tests.inference.folders import hugging_face_folder, run_config, training_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 48
@@ -70,6 +73,21 @@ def test_samples_do_not_depend_on_the_batch_size(
     for samples in alone:
         assert samples[0] != samples[3], "equal prompts draw under their own numbers"
         assert len(samples[1]) <= 5 < max(map(len, samples))
+
+
+def test_a_run_of_engine_and_compiled_layers_is_sampled_by_plain_ones(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "run", tmp_path / "run")
+    trained = run_config(folder / "run").with_sections(
+        precision={"bf16": True, "transformer_impl": "transformer_engine", "compile_layers": True}
+    )
+    dump_config(trained, tmp_path / "run/config.yaml")
+    model = load_model(tmp_path / "run").denoiser.model
+    assert type(model.decoder.final_layernorm) is RMSNorm
+    plain = load_model(folder / "run").denoiser.model
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.float(), theirs, rtol=4e-3, atol=0)
 
 
 def samples_of_rank(rank: int, path: Path) -> list[list[list[list[int]]]]:
