@@ -398,11 +398,11 @@ class PrecisionConfig:
     loss_chunk_size: int | None = None
     """Tokens whose logits exist at a time; chosen from the vocabulary when absent."""
     compile_layers: bool = False
-    """Fuse what lies between a layer's matrix products (norms, rotary embedding, activation,
+    """Fuse what lies between a layer's matrix products (norms, rotary embedding, squared ReLU,
     residual sum) with torch.compile."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    """Norms and linear layers of the transformer: megatron-core's in plain torch, or Transformer
-    Engine's (CUDA only; needs the transformer-engine package)."""
+    """Linear layers of the transformer, and without --compile-layers its norms: in plain torch, or
+    Transformer Engine's (CUDA only; needs the transformer-engine package)."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "loss_chunk_size")

@@ -25,7 +25,7 @@ from megatron_ext.kernels.attention import (
     choose_attention,
     for_pattern,
 )
-from megatron_ext.model.fusion import elementwise
+from megatron_ext.model.fusion import fused
 from megatron_ext.model.norms import SplitRMSNorm, normalize_pair
 from megatron_ext.model.rotary import rotate
 from megatron_ext.parallel.collectives import gather_sequence
@@ -147,7 +147,7 @@ class DiffusionSelfAttention(SelfAttention):
             width, eps = self.query_projection_size, config.layernorm_epsilon
             self.q_norm = SplitRMSNorm(config, width, eps, self.tp_group, is_compiled)
             self.k_norm = SplitRMSNorm(config, width, eps, self.tp_group, is_compiled)
-        self.rotate = elementwise(rotate, is_compiled, kept=(1, 2))
+        self.rotate = fused(rotate, is_compiled, kept=(1, 2))
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [s/cp, b, a/tp, d], normalised but not rotated."""

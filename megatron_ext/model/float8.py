@@ -100,7 +100,10 @@ def transformer_engine_modules() -> LayerModules:
 
 
 def layer_modules(config: Config, groups: ProcessGroupCollection, layer: int) -> LayerModules:
-    """The modules of a layer, counted from 0 over the whole model."""
+    """The modules of a layer, counted from 0 over the whole model.
+
+    Compiled norms stand in the place of Transformer Engine's, too.
+    """
     is_compiled = config.precision.compile_layers
     if config.precision.transformer_impl == "transformer_engine":
         modules = transformer_engine_modules()

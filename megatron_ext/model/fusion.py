@@ -1,14 +1,15 @@
-"""Elementwise work between a layer's matrix products, fused by torch.compile on request.
+"""Work between a layer's matrix products, fused by torch.compile on request.
 
-Uncompiled, norms, rotary embedding, activation and residual sum write every intermediate result to
-memory, and keep it for the backward pass. They hold no collective and no other module's weights, so
-that they compile in every layout, whichever module does the matrix products.
+Uncompiled, norms, rotary embedding, squared ReLU and residual sum write every intermediate result
+to memory, and keep it for the backward pass. They hold no collective and no other module's weights,
+so that they compile in every layout, whichever module does the matrix products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,8 +17,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from megatron_ext.config import PrecisionConfig, require
+from megatron_ext.kernels.vocabulary.passes import has_compiler
 
-def elementwise(function: Callable, is_compiled: bool, *, kept: tuple[int, ...]) -> Callable:
+
+def require_compiler(precision: PrecisionConfig) -> None:
+    """Raise `ValueError` where --compile-layers asks for what this machine does not have."""
+    is_met = find_spec("triton") is not None if torch.cuda.is_available() else has_compiler()
+    require(
+        is_met or not precision.compile_layers, "compile_layers", True,
+        "torch.compile needs triton on GPUs and a C++ compiler on CPUs; install it, or give "
+        "--no-compile-layers.",
+    )  # fmt: skip
+
+
+def fused(function: Callable, is_compiled: bool, *, kept: tuple[int, ...]) -> Callable:
     """`function`, or its compiled form, one for all layers.
 
     `kept` are the positions of the arguments that the compiled backward pass reads. Fake tensors,
@@ -29,7 +43,8 @@ def elementwise(function: Callable, is_compiled: bool, *, kept: tuple[int, ...])
 
 @cache
 def _compiled(function: Callable, kept: tuple[int, ...]) -> Callable:
-    compiled = torch.compile(function)
+    # Whole, or an error: one that quietly ran uncompiled would need more memory than planned.
+    compiled = torch.compile(function, fullgraph=True)
 
     def run(first: Tensor, *others: Any) -> Tensor:
         if isinstance(first, FakeTensor):
@@ -52,7 +67,7 @@ def _(read: list[Tensor], like: list[Tensor]) -> list[Tensor]:
 
 
 class _Described(torch.autograd.Function):
-    """A compiled function that computes nothing."""
+    """A compiled function that computes nothing; its backward pass writes every gradient."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable, kept: tuple[int, ...], *arguments: Any) -> Tensor:

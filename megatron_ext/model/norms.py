@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.model.fusion import elementwise
+from megatron_ext.model.fusion import fused
 from megatron_ext.parallel.collectives import all_reduce_sum
 
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
@@ -48,7 +48,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.norm = elementwise(rms_norm, self.is_compiled, kept=(0, 1))
+        self.norm = fused(rms_norm, self.is_compiled, kept=(0, 1))
         self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.weight = torch.nn.Parameter(torch.zeros(hidden_size, device=device))
@@ -59,7 +59,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class CompiledRMSNorm(RMSNorm):
-    """Specs take classes, and no arguments."""
+    """A class of its own, for specs."""
 
     is_compiled = True
 
@@ -81,8 +81,8 @@ class SplitRMSNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.eps, self.tp_group = width, eps, tp_group
-        self.scale = elementwise(scale, is_compiled, kept=(0, 1, 2))
-        self.sums_of_squares = elementwise(sums_of_squares, is_compiled, kept=(0, 1))
+        self.scale = fused(scale, is_compiled, kept=(0, 1, 2))
+        self.sums_of_squares = fused(sums_of_squares, is_compiled, kept=(0, 1))
         self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.weight = torch.nn.Parameter(torch.zeros(width // tp_group.size(), device=device))

@@ -13,7 +13,7 @@ from megatron_ext.model.attention import (
     DiffusionSelfAttention,
 )
 from megatron_ext.model.float8 import LayerModules, layer_modules
-from megatron_ext.model.fusion import elementwise
+from megatron_ext.model.fusion import fused
 
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 from megatron.core.transformer.attention import SelfAttentionSubmodules  # isort: skip
@@ -33,11 +33,10 @@ def add_residual(residual: Tensor, x: Tensor, bias: Tensor | None, multiplier: f
 
 def residual_add(multiplier: float, is_compiled: bool) -> Callable:
     """megatron-core's bias-dropout-add slot as `residual + multiplier (x + bias)`."""
+    function = fused(add_residual, is_compiled, kept=())
 
-    function = elementwise(add_residual, is_compiled, kept=())
-
-    def select(training: bool, fused: bool) -> Callable:
-        del training, fused
+    def select(training: bool, is_fused: bool) -> Callable:
+        del training, is_fused
 
         def add(output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
             assert dropout == 0.0, "the model has no dropout"

@@ -8,12 +8,11 @@ from collections.abc import Callable
 import torch
 
 from megatron_ext.config import Config, Float8Config
-from megatron_ext.model.fusion import elementwise
+from megatron_ext.model.fusion import fused
 from megatron_ext.parallel.cpu import enable_cpu
 
 enable_cpu()
 
-from megatron.core.activations import squared_relu  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 
@@ -21,16 +20,14 @@ def relu_squared(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x).square()
 
 
-# megatron-core's is built by torch.compile at its first call. That saves a pass over memory on a
-# GPU; on a CPU it needs a C++ compiler, and machine code that another process left in the shared
-# cache for other vector instructions gives wrong numbers without an error.
 def _activation(config: Config) -> Callable[[torch.Tensor], torch.Tensor]:
-    if config.model.activation != "squared_relu":
-        functional = torch.nn.functional
-        return {"gelu": functional.gelu, "swiglu": functional.silu}[config.model.activation]
-    if torch.cuda.is_available() and not config.precision.compile_layers:
-        return squared_relu
-    return elementwise(relu_squared, config.precision.compile_layers, kept=(0,))
+    # megatron-core's squared ReLU is compiled at its first call, asked for or not.
+    squared_relu = fused(relu_squared, config.precision.compile_layers, kept=(0,))
+    return {
+        "squared_relu": squared_relu,
+        "gelu": torch.nn.functional.gelu,
+        "swiglu": torch.nn.functional.silu,
+    }[config.model.activation]
 
 
 def _leave_uninitialized(weight: torch.Tensor) -> None:

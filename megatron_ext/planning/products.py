@@ -3,7 +3,7 @@
 A product counts two for each multiplication and addition. By kind: `head` are the products with
 the vocabulary, `attention` those of queries, keys, weights and values (and of the key/value token),
 `layers` all others. What is no product takes time by its bytes: tensors read and tensors written,
-each operation by itself, as eager execution does it.
+each operation by itself, as eager execution does it; what `--compile-layers` compiles is one.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from megatron_ext.cli import dump_config
 from megatron_ext.config import Config, require
 from megatron_ext.data.batches import BatchSource, MicroBatch, RankPosition, prefetched
 from megatron_ext.data.dataset import Datasets
+from megatron_ext.model.fusion import require_compiler
 from megatron_ext.model.init import initialize_weights
 from megatron_ext.optim.build import (
     apply_schedule,
@@ -116,6 +117,7 @@ class Trainer:
         """Everything up to the first step; wrong input is refused here."""
         if config.resilience.deterministic:
             require_determinism()
+        require_compiler(config.precision)
         groups = initialize_parallel(config.parallel, config.training.seed)
         config.num_microbatches(torch.distributed.get_world_size())
         vocabulary = resolve_vocabulary(config, open_tokenizer(config.data))

@@ -59,7 +59,10 @@ TWO_RANKS: dict[str, dict[str, dict[str, Any]]] = {
     "pp2_bf16": {**split(pp=2), **BF16},
     "cp2_bf16": {**split(cp=2), **BF16},
     "pp2": split(pp=2),
-}
+    "tp2_sp_bf16_compiled": {
+        **split(tp=2, sequence_parallel=True), "precision": {"bf16": True, "compile_layers": True},
+    },
+}  # fmt: skip
 CHAIN: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("tp2", split(tp=2)),
     ("dp2", split()),

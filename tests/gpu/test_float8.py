@@ -24,7 +24,7 @@ def config(recipe: Float8Recipe | None, *, emulated: bool = False, **sections: A
     fp8 = {"fp8_format": "e4m3", "fp8_recipe": recipe or "delayed", "fp8_emulate": emulated}
     return tiny_config(
         model={"hidden_size": 256, "seq_length": 128, "vocab_size": 512},
-        precision={"bf16": True, "transformer_impl": impl},
+        precision={"bf16": True, "transformer_impl": impl, "compile_layers": not emulated},
         training={"micro_batch_size": 8, "global_batch_size": 16, "train_iters": 20},
         fp8=fp8 if recipe else {},
         **sections,

@@ -77,12 +77,12 @@ def test_compiled_functions_give_the_same_numbers_and_keep_what_they_say(
         output, gradients, kept = results(torch.compile(call.function), arguments)
         expected, others, _ = results(call.function, leaves(call.arguments))
         for mine, theirs in zip([output, *gradients], [expected, *others], strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2, msg=name)
-        allowed = {arguments[i].untyped_storage().data_ptr() for i in call.kept}
+            assert (mine - theirs).float().norm() <= 1e-2 * theirs.float().norm(), name
+        # But for a few numbers per token.
         rows = call.arguments[0].shape[0] * call.arguments[0].shape[1]
-        for tensor in kept:
-            is_argument = tensor.untyped_storage().data_ptr() in allowed
-            assert is_argument or tensor.numel() <= 2 * rows, (name, tensor.shape)
+        stored = {x.untyped_storage().data_ptr() for x in kept if x.numel() > 2 * rows}
+        named = [arguments[i] for i in call.kept if arguments[i].numel() > 2 * rows]
+        assert stored == {x.untyped_storage().data_ptr() for x in named}, name
 
 
 def test_fake_tensors_have_the_shapes_of_real_ones(calls: dict[str, Call]) -> None:

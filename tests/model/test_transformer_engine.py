@@ -51,6 +51,8 @@ def test_parameters_have_the_names_shapes_and_dtypes_of_local_layers(built: dict
     """In their order, too: megatron-core's optimizer checkpoints go by dtype and order."""
     assert len(built["local"]) > 30
     assert list(built["transformer_engine"].items()) == list(built["local"].items())
+    assert list(built["compiled"].items()) == list(built["local"].items())
+    assert LINEAR in built["compiled_layers"] and NORM not in built["compiled_layers"]
 
 
 def test_every_linear_layer_and_norm_is_transformer_engines(built: dict[str, Any]) -> None:

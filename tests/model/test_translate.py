@@ -9,11 +9,9 @@ from megatron_ext.model.translate import padded_vocab_size, transformer_config
 from tests.training.tiny import tiny_config, train_tiny
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled where there is a GPU")
 @pytest.mark.parametrize("activation", ["squared_relu", "gelu", "swiglu"])
 @pytest.mark.usefixtures("single_rank")
-def test_nothing_is_compiled_on_a_cpu(activation: str) -> None:
-    """Machine code in torch's shared cache may be of other vector instructions: wrong numbers."""
+def test_nothing_is_compiled_unasked(activation: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     train_tiny(tiny_config(model={"activation": activation, "num_layers": 1}), last=2)

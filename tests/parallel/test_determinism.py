@@ -55,6 +55,7 @@ def test_a_contrary_environment_is_refused(clean: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("single_rank")
 def test_two_runs_on_a_gpu_agree_to_the_last_bit(clean: pytest.MonkeyPatch) -> None:
     del clean
-    config = tiny_config(resilience={"deterministic": True}, precision={"bf16": True})
+    precision = {"bf16": True, "compile_layers": True}
+    config = tiny_config(resilience={"deterministic": True}, precision=precision)
     one, other = train_tiny(config), train_tiny(config)
     assert (one.losses, one.grad_norms) == (other.losses, other.grad_norms)

@@ -171,6 +171,9 @@ def run_cases(rank: int, cases: dict[str, Config]) -> dict[str, Run]:
     del rank
     runs = {}
     for name, config in cases.items():
+        if config.precision.compile_layers:
+            # A function is compiled for a few shapes at most; one more is an error.
+            torch._dynamo.reset()
         try:
             runs[name] = train_tiny(config)
         except Exception:

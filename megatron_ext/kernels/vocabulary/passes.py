@@ -65,7 +65,7 @@ def choose(
                 "--loss-impl is triton: its kernels need a GPU (or TRITON_INTERPRET=1); "
                 "choose auto."
             )
-    if impl == "compiled" and device.type == "cpu" and not _has_compiler():
+    if impl == "compiled" and device.type == "cpu" and not has_compiler():
         raise ValueError("--loss-impl is compiled: no C++ compiler is found; install g++.")
     if impl != "auto":
         return impl
@@ -74,10 +74,10 @@ def choose(
     if device.type != "cpu":
         return "triton" if find_spec("triton") is not None else "chunked"
     is_worth_it = vocab_size >= COMPILED_FROM_VOCABULARY
-    return "compiled" if is_worth_it and _has_compiler() else "chunked"
+    return "compiled" if is_worth_it and has_compiler() else "chunked"
 
 
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 

@@ -39,10 +39,10 @@ def main() -> None:
     from megatron_ext.model.translate import transformer_config
     from tests.training.tiny import tiny_config
 
-    def config(impl: str, **fp8: Any) -> Any:
+    def config(impl: str, is_compiled: bool = False, **fp8: Any) -> Any:
         return tiny_config(
             model={"hidden_size": 128},
-            precision={"bf16": True, "transformer_impl": impl},
+            precision={"bf16": True, "transformer_impl": impl, "compile_layers": is_compiled},
             training={"micro_batch_size": 4},
             fp8=fp8,
         )
@@ -51,6 +51,9 @@ def main() -> None:
     stand_in.CALLS.clear()
     report["transformer_engine"] = parameters(config("transformer_engine"))
     report["layers"] = [[key, {k: plain(v) for k, v in a.items()}] for key, a in stand_in.CALLS]
+    stand_in.CALLS.clear()
+    report["compiled"] = parameters(config("transformer_engine", is_compiled=True))
+    report["compiled_layers"] = sorted({key for key, _ in stand_in.CALLS})
     report["recipes"] = {}
     from megatron.core.fp8_utils import get_fp8_context
 
