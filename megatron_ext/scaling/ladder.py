@@ -322,12 +322,31 @@ def _refuse_thin_budgets(study: Study, cells: list[_Cell], plan: Plan) -> None:
             )
 
 
+def _continues(new: Run, old: Run, config: Config) -> bool:
+    """Whether the planned run is the old one, or goes on from where that ends."""
+    length = {
+        name: getattr(new, name) for name in ("steps", "eval_interval", "tokens", "total_flops")
+    }
+    schedule = config.optimizer
+    has_no_end = (schedule.lr_decay_style, schedule.lr_wsd_decay_iters) == ("WSD", 0)
+    is_longer = has_no_end and new.steps >= old.steps
+    return new == old or (is_longer and new == replace(old, **length))
+
+
 def write_plan(plan: Plan, configs: dict[str, Config]) -> Path:
-    """Write plan.json and configs/NAME.yaml; refuses to replace another study's runs."""
+    """Write plan.json and configs/NAME.yaml; refuses to replace another study's runs.
+
+    Started runs of constant learning rate may become longer: larger budgets continue them.
+    """
     folder = Path(plan.output)
     old = read_plan(folder) if (folder / "plan.json").is_file() else None
     if old is not None:
-        changed = [run.name for run in old.runs if run not in plan.runs]
+        new = {run.name: run for run in plan.runs}
+        changed = [
+            run.name
+            for run in old.runs
+            if run.name not in new or not _continues(new[run.name], run, configs[run.name])
+        ]
         started = [name for name in changed if (folder / "runs" / name).exists()]
         if started:
             raise ValueError(

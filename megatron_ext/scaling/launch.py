@@ -65,7 +65,8 @@ def state_of(run: Run) -> State:
         return "started" if records or (folder / "latest").is_file() else "waiting"
     if code == EXIT_DIVERGED:
         return "diverged"
-    return "stopped" if code in (EXIT_RESUME, EXIT_HUNG, 143, 130) else "failed"
+    # Code 0 before the last step: the plan has become longer since.
+    return "stopped" if code in (0, EXIT_RESUME, EXIT_HUNG, 143, 130) else "failed"
 
 
 def command_of(run: Run, plan: Plan, command: Sequence[str] = DEFAULT_COMMAND) -> str:

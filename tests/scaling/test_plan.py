@@ -148,6 +148,26 @@ def test_plan_survives_writing_and_configurations_start_the_runs(tmp_path: Path)
         write_plan(*make_plan(study(tmp_path, budgets_flops=(3e10, 6e10))))
 
 
+def test_larger_budgets_continue_the_runs_that_there_are(tmp_path: Path) -> None:
+    plan, configs = make_plan(study(tmp_path))
+    write_plan(plan, configs)
+    first = plan.runs[0]
+    finish(first, {first.steps: 3.0}, code=0)
+    assert launching.state_of(first) == "finished"
+    longer, longer_configs = make_plan(study(tmp_path, budgets_flops=(4e10, 8e10, 16e10)))
+    write_plan(longer, longer_configs)
+    again = next(run for run in longer.runs if run.name == first.name)
+    assert again.steps > first.steps and launching.state_of(again) == "stopped"
+    assert again in launching.due(longer)
+    with pytest.raises(ValueError, match="holds runs that this plan does not have"):
+        write_plan(plan, configs)
+    cosine = {"optimizer": {"lr_decay_style": "cosine"}}
+    decaying = {name: config.with_sections(**cosine) for name, config in longer_configs.items()}
+    longest, _ = make_plan(study(tmp_path, budgets_flops=(8e10, 16e10, 32e10)))
+    with pytest.raises(ValueError, match="holds runs that this plan does not have"):
+        write_plan(longest, decaying)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
