@@ -23,6 +23,8 @@ from megatron_ext.kernels.vocabulary.split_softmax import Gradient, SplitSoftmax
 
 CHUNK_BYTES = 128 << 20
 """Of a chunk's logits in float32, by default."""
+SHARE_ELEMENTS = 1 << 22
+"""Of the weight's gradient that a CPU multiplies out at a time before it adds it up in float32."""
 
 
 class TokenLoss(NamedTuple):
@@ -174,16 +176,22 @@ class HeadGradients:
         self.inputs = hidden, weight
         self.hidden = torch.empty_like(hidden)
         self.weight = torch.zeros_like(weight, dtype=work_dtype(weight))
-        is_exact = self.weight.dtype == weight.dtype
-        self.share = None if is_exact else torch.empty_like(weight)
+        self.share = None
+        if self.weight.dtype != weight.dtype:
+            # A CPU adds numbers of two types through a copy in the wider one: a piece at a time.
+            size = SHARE_ELEMENTS // weight.shape[1] if weight.device.type == "cpu" else len(weight)
+            self.share = torch.empty_like(weight[: max(size, 1)])
 
     def add(self, rows: Tensor, part: slice) -> None:
         hidden, weight = self.inputs
         torch.mm(rows, weight, out=self.hidden[part])
         if self.share is None:
             self.weight.addmm_(rows.t(), hidden[part])
-        else:
-            self.weight += torch.mm(rows.t(), hidden[part], out=self.share)
+            return
+        for first in range(0, len(weight), len(self.share)):
+            ids = slice(first, min(first + len(self.share), len(weight)))
+            share = self.share[: ids.stop - first]
+            self.weight[ids] += torch.mm(rows[:, ids].t(), hidden[part], out=share)
 
     def finished(self) -> tuple[Tensor, Tensor]:
         return self.hidden, self.weight.to(self.inputs[1].dtype)

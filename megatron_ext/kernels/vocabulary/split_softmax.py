@@ -149,9 +149,10 @@ class SplitSoftmax:
             rows, out, self.bias, self.scale, gradient.lse, gradient.weight_p * factor,
             gradient.log_r, weight_tau,
         )  # fmt: skip
+        # By indices: torch's scatter_ copies all of a bfloat16 tensor to float32 and back on CPUs.
+        tokens = torch.arange(len(out), device=out.device)
         for row, value in zip(ids, (gradient.at_x0, gradient.at_xt), strict=True):
             column, here = self.vocab.local(row)
-            column = column.unsqueeze(-1)
-            counts = here.unsqueeze(-1) & (self.bias[column] == 0)
-            value = (value * factor).to(out.dtype).unsqueeze(-1)
-            out.scatter_(-1, column, torch.where(counts, value, out.gather(-1, column)))
+            counts = here & (self.bias[column] == 0)
+            value = (value * factor).to(out.dtype)
+            out[tokens, column] = torch.where(counts, value, out[tokens, column])
