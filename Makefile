@@ -22,7 +22,7 @@ quickstart: $(INSTALLED)  ## Train a small model on real text, continue it at an
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart/run.sh
 
 test: $(INSTALLED)  ## Run the test suite, JOBS=2 files at a time
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-transformers: $(INSTALLED)  ## Test the exported model's code with other versions of transformers
 	$(BIN)/python -m tests.hf.environments 4.53.3 4.57.6

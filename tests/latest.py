@@ -75,7 +75,8 @@ def main(arguments: list[str]) -> int:
     said = subprocess.run([python, "-W", "ignore", "-c", names], capture_output=True, text=True)
     print("megatron-core, torch:", said.stdout.strip(), flush=True)
     command = [str(python), "-m", "pytest", "-p", "no:cacheprovider"]
-    command += ["--numprocesses", "2", "--dist", "loadfile", *arguments]
+    command += ["--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    command += arguments
     return subprocess.run(command, cwd=ROOT).returncode
 
 

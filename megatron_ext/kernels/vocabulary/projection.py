@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_ext.diffusion.objective import work_dtype
 from megatron_ext.kernels.vocabulary.split_softmax import Gradient, SplitSoftmax
@@ -165,6 +166,16 @@ def chunks_of_logits(
         yield part, torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - first])
 
 
+def _share_rows(weight: Tensor) -> int:
+    """A CPU adds numbers of two types through a copy in the wider one: a piece at a time.
+
+    Fake tensors stand for a GPU's, which multiplies out the whole share.
+    """
+    if weight.device.type != "cpu" or isinstance(weight, FakeTensor):
+        return len(weight)
+    return max(SHARE_ELEMENTS // weight.shape[1], 1)
+
+
 class HeadGradients:
     """Gradients of hidden (partial on tp) and weight from chunks of logit gradients.
 
@@ -178,9 +189,7 @@ class HeadGradients:
         self.weight = torch.zeros_like(weight, dtype=work_dtype(weight))
         self.share = None
         if self.weight.dtype != weight.dtype:
-            # A CPU adds numbers of two types through a copy in the wider one: a piece at a time.
-            size = SHARE_ELEMENTS // weight.shape[1] if weight.device.type == "cpu" else len(weight)
-            self.share = torch.empty_like(weight[: max(size, 1)])
+            self.share = torch.empty_like(weight[: _share_rows(weight)])
 
     def add(self, rows: Tensor, part: slice) -> None:
         hidden, weight = self.inputs
