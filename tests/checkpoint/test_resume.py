@@ -23,12 +23,11 @@ from tests.checkpoint.segments import (
     with_folders,
 )
 from tests.distributed import run_ranks
-from tests.training.tiny import split, tiny_config
+from tests.training.tiny import BF16, split, tiny_config
 
 HALF = 2
 TOLERANCE = 1e-5
 
-BF16: dict[str, dict[str, Any]] = {"precision": {"bf16": True}}
 ONE_RANK: dict[str, dict[str, dict[str, Any]]] = {
     "plain_optimizer": split(use_distributed_optimizer=False),
     "distributed_optimizer": {},

@@ -33,7 +33,7 @@ from tests.checkpoint.segments import (
 )
 from tests.checkpoint.test_resume import assert_same_run
 from tests.distributed import run_ranks
-from tests.training.tiny import split, tiny_config
+from tests.training.tiny import BF16, split, tiny_config
 
 EMULATED = (EmulatedColumnParallelLinear, EmulatedRowParallelLinear)
 HALF = 2
@@ -45,7 +45,6 @@ def float8_config(recipe: Float8Recipe = "delayed", **sections: dict[str, Any]) 
     return tiny_config(fp8={**fp8, **sections.pop("fp8", {})}, model=model, **sections)
 
 
-BF16 = {"precision": {"bf16": True}}
 SPLITS: dict[str, tuple[dict[str, Any], float]] = {
     "dp2": (split(), 1e-2),
     "tp2": (split(tp=2), 1e-3),

@@ -9,7 +9,7 @@ import torch
 
 from megatron_ext.config import Config
 from tests.distributed import run_ranks
-from tests.training.tiny import Run, run_cases, split, tiny_config
+from tests.training.tiny import BF16, Run, run_cases, split, tiny_config
 
 STEPS = 12
 GAP = 0.005
@@ -17,12 +17,12 @@ GAP = 0.005
 PURE = {"bf16": True, "master_weights": False}
 CASES: dict[str, dict[str, Any]] = {
     "fp32": split(tp=2),
-    "bf16": {**split(tp=2), "precision": {"bf16": True}},
-    "bf16_sp": {**split(tp=2, sequence_parallel=True), "precision": {"bf16": True}},
-    "bf16_pp2": {**split(pp=2), "precision": {"bf16": True}},
-    "bf16_pp2_vpp2": {**split(pp=2, virtual=2), "precision": {"bf16": True}},
-    "bf16_cp2": {**split(cp=2), "precision": {"bf16": True}},
-    "bf16_dp2": {"precision": {"bf16": True}},
+    "bf16": {**split(tp=2), **BF16},
+    "bf16_sp": {**split(tp=2, sequence_parallel=True), **BF16},
+    "bf16_pp2": {**split(pp=2), **BF16},
+    "bf16_pp2_vpp2": {**split(pp=2, virtual=2), **BF16},
+    "bf16_cp2": {**split(cp=2), **BF16},
+    "bf16_dp2": BF16,
     "pure_bf16": {**split(tp=2, use_distributed_optimizer=False), "precision": PURE},
 }
 
@@ -54,7 +54,7 @@ def test_bf16_tracks_fp32(name: str, runs: dict[str, Run]) -> None:
 
 @pytest.mark.usefixtures("single_rank")
 def test_bf16_on_one_rank_tracks_fp32_on_two(runs: dict[str, Run]) -> None:
-    run = run_cases(0, {"bf16": config_of({"precision": {"bf16": True}})})["bf16"]
+    run = run_cases(0, {"bf16": config_of(BF16)})["bf16"]
     assert run.error is None, run.error
     assert 0 < gap(run, runs["fp32"]) < GAP
 

@@ -75,4 +75,4 @@ def test_groups_hold_what_fits_beside_the_hybrid_step_and_no_more() -> None:
 
 
 def test_every_way_can_be_asked_for() -> None:
-    assert set(bench.WAYS) == {*bench.OURS, *get_args(Rival)}
+    assert set(bench.WAYS) == {"hybrid", "hybrid, compiled layers", "masked", *get_args(Rival)}

@@ -55,6 +55,9 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
     )
 
 
+BF16: dict[str, dict[str, Any]] = {"precision": {"bf16": True}}
+
+
 def split(
     tp: int = 1, pp: int = 1, cp: int = 1, virtual: int = 1, **more: Any
 ) -> dict[str, dict[str, Any]]:
