@@ -55,9 +55,15 @@ FOUR_RANKS: dict[str, Config] = {
 
 
 def take_steps(rank: int, cases: dict[str, Config]) -> dict[str, StepReport]:
-    """A real step of each case on this rank of an initialised group."""
+    """Real steps of each case on this rank of an initialised group: of two, the one of less memory.
+
+    Gloo's threads let go of a message when they come to it, which can only add memory.
+    """
     del rank
-    return {name: real_step(config) for name, config in cases.items()}
+    return {
+        name: min((real_step(config) for _ in range(2)), key=lambda report: report.peak_bytes)
+        for name, config in cases.items()
+    }
 
 
 def real_step(config: Config) -> StepReport:

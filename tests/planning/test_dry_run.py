@@ -104,15 +104,15 @@ def test_a_dry_rank_sends_multiplies_and_holds_what_a_real_one_does(
     assert dry.collectives == taken.collectives
     assert dry.flops == taken.flops
     assert dry.num_parameters == taken.num_parameters
-    # But for a number or two that somebody still holds, and among the activations at the peak for
-    # a layer's message that a thread of gloo has sent and not yet let go.
+    # But for a number or two that somebody still holds, and at the peak for messages of layers or
+    # of the loss that a thread of gloo has sent and not yet let go: more in all, never less.
     shape, few = FOUR_RANKS[case], 64
     message = 4 * shape.model.seq_length * shape.model.hidden_size * shape.training.micro_batch_size
     assert dry.bytes_at_rest == pytest.approx(taken.bytes_at_rest, abs=few)
     for category, count in taken.bytes_at_peak.items():
-        slack = few + message * (category == "activations")
-        assert dry.bytes_at_peak[category] == pytest.approx(count, abs=slack), category
-    assert dry.peak_bytes == pytest.approx(taken.peak_bytes, abs=message + few)
+        late = message * (category in ("activations", "loss"))
+        assert dry.bytes_at_peak[category] == pytest.approx(count, abs=few + late), category
+    assert -few <= taken.peak_bytes - dry.peak_bytes <= message + few
 
 
 def test_bytes_of_collectives_follow_from_the_layout(real: list[dict[str, StepReport]]) -> None:
