@@ -29,13 +29,15 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     summed: bool = False,
     partial_hidden_grad: bool = False,
+    weight_grad: Tensor | None = None,
     impl: Implementation = "auto",
 ) -> Tensor:
     """Negative log-likelihood [n] in nats of `targets` [n] int64 (-1: no loss).
 
     `hidden` [n, h] same on tp, `weight` [v_padded/tp, h] split on tp; both differentiable. The
-    probability of `excluded_id` and of padding columns is zero. `summed`, `partial_hidden_grad`
-    and `impl` as in `linear_gidd_loss`; there is no `reference`, torch's cross-entropy is that.
+    probability of `excluded_id` and of padding columns is zero. `summed`, `partial_hidden_grad`,
+    `weight_grad` and `impl` as in `linear_gidd_loss`; there is no `reference`, torch's
+    cross-entropy is that.
     """
     impl = choose(impl, hidden.device, hidden.dtype, vocab_size)
     vocab = VocabSlice.of(len(weight), vocab_size, excluded_id, tp_group)
@@ -51,6 +53,6 @@ def linear_cross_entropy(
         return (nll,), Gradient(lse, in_loss.to(lse.dtype), at_target, at_target)
 
     loss = TokenLoss(softmax, (targets, targets), evaluate)
-    options = HeadOptions(chunk_size, summed, not partial_hidden_grad)
+    options = HeadOptions(chunk_size, summed, not partial_hidden_grad, weight_grad)
     (nll,) = loss_of_hidden(hidden, weight, loss, options)
     return nll

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.config import Config
+from megatron_ext.diffusion.objective import work_dtype
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.kernels.cross_entropy import linear_cross_entropy
 from megatron_ext.kernels.gidd_loss import GiddLoss, linear_gidd_loss
@@ -78,6 +79,7 @@ class OutputHead(MegatronModule):
         super().__init__(config=engine)
         self.settings, self.vocab_size, self.schedule = config, vocab_size, schedule
         self.tp_group = tp_group
+        self.is_tied = weight is not None
         if weight is None:
             padded = padded_vocab_size(
                 vocab_size, config.model.make_vocab_size_divisible_by, tp_group.size()
@@ -133,6 +135,7 @@ class OutputHead(MegatronModule):
             chunk_size=precision.loss_chunk_size,
             summed=targets.summed is not None,
             partial_hidden_grad=True,
+            weight_grad=self._weight_grad(targets),
             impl=precision.loss_impl,
         )  # fmt: skip
 
@@ -145,10 +148,25 @@ class OutputHead(MegatronModule):
             chunk_size=self.settings.precision.loss_chunk_size,
             summed=targets.summed is not None,
             partial_hidden_grad=True,
+            weight_grad=self._weight_grad(targets),
             impl=self.settings.precision.loss_impl,
         )  # fmt: skip
         value = nll.detach()
         return GiddLoss(nll, value, value, torch.zeros_like(value))
+
+    def _weight_grad(self, targets: Targets) -> Tensor | None:
+        """megatron-core's float32 gradient of the weight, which a training step's loss adds to.
+
+        Not where the weight is the embedding's as well: its gradient comes through autograd.
+        """
+        grad = getattr(self.weight, "main_grad", None)
+        is_reference = self.settings.precision.loss_impl == "reference"
+        if grad is None or self.is_tied or is_reference or grad.dtype != work_dtype(self.weight):
+            return None
+        if targets.summed is None or not torch.is_grad_enabled():
+            return None
+        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return grad
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -143,8 +143,8 @@ def _of_stage(model: ModelConfig, shape: Shape, spread: Spread, stage: int) -> F
 
 
 def _loss_bytes(shape: Shape, table: float, tensor: int, tokens: int) -> float:
-    """Of the fused loss: a chunk of logits; the head's gradient in float32, a chunk's share of it
-    and its BF16 copy; the hidden states in the loss, and their gradient."""
+    """Of the fused loss: a chunk of logits, its share of the head's gradient, the hidden states in
+    the loss, and their gradient."""
     width = shape.vocabulary // tensor
     chunk = min(tokens_per_chunk(width, None), tokens)
-    return 2 * chunk * width + 8 * table + 4 * shape.hidden * tokens
+    return 2 * chunk * width + 2 * table + 4 * shape.hidden * tokens

@@ -75,13 +75,19 @@ def test_a_token_alone_has_the_loss_that_it_has_in_company(impl: Any) -> None:
             torch.testing.assert_close(one[0], all_of_them[i], rtol=1e-6, atol=0)
 
 
-def _of_hidden(
-    hidden: Tensor, weight: Tensor, tokens: Tokens, schedule: MixingSchedule, **options: Any
+def _of_hidden(  # noqa: PLR0913
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tokens,
+    schedule: MixingSchedule,
+    *,
+    factor: float = 0.3,
+    **options: Any,
 ) -> list[Tensor]:
-    """Losses and gradients of 0.3 times their sum."""
+    """Losses and gradients of `factor` times their sum."""
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     losses = linear_gidd_loss(*leaves, *tokens, schedule, logit_scale=0.5, **options)
-    (0.3 * losses.loss.sum()).backward()
+    (factor * losses.loss.sum()).backward()
     return [*losses, *(x.grad for x in leaves)]
 
 
@@ -174,6 +180,47 @@ def test_a_broken_promise_to_add_the_losses_up_raises(impl: Any) -> None:
     )
     with pytest.raises(RuntimeError, match="announced as summed"):
         (losses.loss * torch.arange(5)).sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("summed", [False, True])
+def test_the_weights_gradient_is_added_to_what_was_there(
+    summed: bool, dtype: torch.dtype, impl: Any
+) -> None:
+    """As megatron-core keeps it over micro-batches, in float32."""
+    schedule = MixingSchedule(29, MASK_ID, 0.0)
+    tokens = _in(torch.float32, draw_tokens(schedule, 50, seed=8))
+    hidden, weight = draw_normal(50, 8, seed=1).to(dtype), draw_normal(29, 8, seed=2).to(dtype)
+    options = {
+        "impl": impl, "summed": summed, "chunk_size": 20, "factor": 1.0 if summed else 0.3,
+    }  # fmt: skip
+    *losses, grad_hidden, grad_weight = _of_hidden(hidden, weight, tokens, schedule, **options)
+    before = draw_normal(29, 8, seed=3).float()
+    total = before.clone()
+    *again, hidden_again, unused = _of_hidden(
+        hidden, weight, tokens, schedule, weight_grad=total, **options
+    )
+    assert unused.shape == weight.shape and unused.dtype == dtype
+    assert all(map(torch.equal, (*again, hidden_again), (*losses, grad_hidden)))
+    torch.testing.assert_close(
+        total - before, grad_weight.float(), rtol=torch.finfo(dtype).eps, atol=2e-6
+    )
+
+
+def test_a_gradient_added_ahead_takes_no_factor() -> None:
+    schedule = MixingSchedule(29, MASK_ID, 0.0)
+    tokens = _in(torch.float32, draw_tokens(schedule, 5))
+    hidden, weight = draw_normal(5, 8, seed=1).float(), draw_normal(29, 8, seed=2).float()
+    losses = linear_gidd_loss(
+        hidden.requires_grad_(), weight, *tokens, schedule, summed=True, weight_grad=0 * weight
+    )
+    with pytest.raises(RuntimeError, match="not 1"):
+        (2 * losses.loss).sum().backward()
+    with pytest.raises(ValueError, match="does not add to weight_grad"):
+        linear_gidd_loss(
+            hidden, weight, *tokens, schedule, impl="reference", weight_grad=0 * weight
+        )
 
 
 @pytest.mark.parametrize("where", [0, 3])

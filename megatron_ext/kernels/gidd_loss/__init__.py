@@ -94,6 +94,7 @@ def linear_gidd_loss(  # noqa: PLR0913
     chunk_size: int | None = None,
     summed: bool = False,
     partial_hidden_grad: bool = False,
+    weight_grad: Tensor | None = None,
     impl: Implementation = "auto",
 ) -> GiddLoss:
     """Per-token losses [n] of logits `logit_scale * hidden @ weight.T`, which are never whole.
@@ -103,9 +104,15 @@ def linear_gidd_loss(  # noqa: PLR0913
     product; a backward pass that breaks the promise raises. The gradient of `hidden` is summed
     over tp unless `partial_hidden_grad` leaves that to the caller (megatron-core's
     sequence-parallel regions do it).
+
+    The gradient of `weight` is added to `weight_grad` [v_padded/tp, h] float32 where that is given,
+    and what autograd gets for it has no meaning (megatron-core's `main_grad`). With `summed` that
+    happens in the forward pass, and the one factor must be 1.
     """
     impl = choose(impl, hidden.device, hidden.dtype, schedule.vocab_size)
     if impl == "reference":
+        if weight_grad is not None:
+            raise ValueError("impl is reference: it does not add to weight_grad")
         if tp_group is not None and tp_group.size() > 1 and not partial_hidden_grad:
             hidden = _SumGradient.apply(hidden, tp_group)
         exact = work_dtype(hidden)
@@ -116,7 +123,7 @@ def linear_gidd_loss(  # noqa: PLR0913
     vocab = VocabSlice.of(len(weight), schedule.vocab_size, schedule.mask_token_id, tp_group)
     softmax = SplitSoftmax.of(vocab, passes_of(impl), hidden, logit_scale)
     loss = _token_loss(softmax, xt, x0, log_snr, schedule, beta_is)
-    options = HeadOptions(chunk_size, summed, not partial_hidden_grad)
+    options = HeadOptions(chunk_size, summed, not partial_hidden_grad, weight_grad)
     return GiddLoss(*loss_of_hidden(hidden, weight, loss, options))
 
 

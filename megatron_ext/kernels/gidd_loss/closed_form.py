@@ -18,8 +18,12 @@ T = sum over j != m of tau_j (gradient):
 
 Every term is a sum of non-negative numbers, so nothing cancels at low SNR, where the textbook form
 loses all digits. Masked diffusion is the limit c = 0: c F -> alpha (1 - p_x), c T -> 0, tau_x -> 1.
-Where c is below every normal number it is taken for 0, as v would leave the range of the dtype;
-masked schedules (`is_mask_only`) skip F and T altogether.
+It is taken where r^2 leaves the range of the dtype (r > 2^64 in float32, c F = alpha (1 - p_x) to
+parts in 10^12), so that two numbers 1 + v can be multiplied; masked schedules (`is_mask_only`) skip
+F and T altogether.
+
+As c tau_k = alpha p_k / (1 + v_k), the gradient is p_k (w (A - b E) - w alpha / (1 + r p_k)) but
+for its values at x and z.
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ class Marginals(NamedTuple):
         beta = 1 - alpha
         share = schedule.uniform_share(log_snr)
         c = beta * share / (schedule.vocab_size - 1)
-        has_uniform = (c > 4 * torch.finfo(c.dtype).tiny) & (not schedule.is_mask_only)
+        has_uniform = (c * torch.finfo(c.dtype).max ** 0.5 > alpha) & (not schedule.is_mask_only)
         c = torch.where(has_uniform, c, 0.0)
         is_masked = xt == schedule.mask_token_id
         is_possible = is_masked | (c > 0)
@@ -128,7 +132,7 @@ def closed_form(
     e = torch.where(t.is_masked, 0.0, beta_is * e)
     gradient = _gradient(t, lse, (log_p_x, log_p_z), (tau_x, tau_z), sum_tau, e)
     if schedule.is_mask_only:
-        gradient = gradient._replace(log_r=None, weight_tau=None)
+        gradient = gradient._replace(r=None, weight_v=None)
     # A zero weight marks transitions of probability zero, whose divergences are infinite.
     possible = t.weight > 0
     kl, is_div = (torch.where(possible, x, 0.0) for x in (kl, is_div))
@@ -160,7 +164,8 @@ def _gradient(
     factor_p = t.alpha * tau_x + tail + t.c * tau_x
     at_xt = torch.where(t.is_kept, at_x0, factor_p * p_z - t.c * tau_z + e * rest_z)
     weight_p = t.weight * (factor_p - e)
-    return Gradient(lse, weight_p, t.weight * at_x0, t.weight * at_xt, t.log_r, t.weight * t.c)
+    weight_v = torch.where(t.c > 0, t.weight * t.alpha, 0.0)
+    return Gradient(lse, weight_p, t.weight * at_x0, t.weight * at_xt, t.log_r.exp(), weight_v)
 
 
 def _one_minus_exp(x: Tensor) -> Tensor:

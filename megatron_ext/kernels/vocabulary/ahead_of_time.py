@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ARCHITECTURES = (80, 90, 100)
-_VECTORS = {"lse", "weight_p", "log_r", "weight_tau", "shift", "bias", "scale"}
+_VECTORS = {"lse", "weight_p", "r", "weight_v", "shift", "bias", "scale"}
 _RESULTS = {"peak", "total", "sum_f", "sum_tau"}
 
 

@@ -9,7 +9,7 @@ Everything but `rows` and `out` is float32 (float64 for float64 rows). With l = 
 
     statistics   peak = max l, at least the lowest finite number, and sum exp(l - peak)
     tail_sums    sums over columns but `skip` of v - log(1 + v) and v / (1 + v), v = exp(l + shift)
-    gradient     out = weight_p p - weight_tau tau, p = exp(l - lse), tau = sigmoid(l - lse + log_r)
+    gradient     out = p (weight_p - weight_v / (1 + r p)), p = exp(l - lse)
 
 `gradient` may write over `rows`. The three functions below work through tiles that stay in cache;
 `compiled` are the same formulas fused by torch.compile, `triton` kernels for GPUs.
@@ -44,7 +44,7 @@ class Passes(NamedTuple):
     gradient: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None
     ]
-    """(rows, out, bias, scale, lse, weight_p, log_r, weight_tau); the last two may be absent."""
+    """(rows, out, bias, scale, lse, weight_p, r, weight_v); the last two may be absent."""
 
 
 def choose(
@@ -122,17 +122,16 @@ def gradient(
     scale: Tensor,
     lse: Tensor,
     weight_p: Tensor,
-    log_r: Tensor | None,
-    weight_tau: Tensor | None,
+    r: Tensor | None,
+    weight_v: Tensor | None,
 ) -> None:
     for part in _tiles(rows):
-        log_p = _logits(rows[part], bias, scale).sub_(lse[part].unsqueeze(-1))
-        if log_r is None or weight_tau is None:
-            out[part] = log_p.exp_().mul_(weight_p[part].unsqueeze(-1))
-            continue
-        tau = torch.sigmoid(log_p + log_r[part].unsqueeze(-1))
-        tau.mul_(weight_tau[part].unsqueeze(-1))
-        out[part] = log_p.exp_().mul_(weight_p[part].unsqueeze(-1)).sub_(tau)
+        p = _logits(rows[part], bias, scale).sub_(lse[part].unsqueeze(-1)).exp_()
+        weight = weight_p[part].unsqueeze(-1)
+        if r is not None and weight_v is not None:
+            u = torch.mul(p, r[part].unsqueeze(-1)).add_(1)
+            weight = torch.addcdiv(weight, weight_v[part].unsqueeze(-1), u, value=-1)
+        out[part] = p.mul_(weight)
 
 
 def _tiles(rows: Tensor) -> Iterator[slice]:
@@ -175,5 +174,9 @@ def _tail_sums(logits: Tensor, shift: Tensor, skip: Tensor) -> tuple[Tensor, Ten
 def minus_log1p(v: Tensor) -> Tensor:
     """v - log(1 + v) for v >= 0 without cancellation at small v."""
     limit = 2e-2 if v.dtype == torch.float32 else 1e-3
-    series = v * v * (0.5 - v * (1 / 3 - v * (0.25 - v * 0.2)))
-    return torch.where(v < limit, series, v - torch.log1p(v))
+    return torch.where(v < limit, minus_log1p_series(v), v - torch.log1p(v))
+
+
+def minus_log1p_series(v: Tensor) -> Tensor:
+    """v - log(1 + v), to parts in 10^7 for v < 0.1."""
+    return v * v * (0.5 - v * (1 / 3 - v * (0.25 - v * (0.2 - v * (1 / 6 - v / 7)))))

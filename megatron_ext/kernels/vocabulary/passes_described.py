@@ -30,8 +30,8 @@ def gradient(
     scale: Tensor,
     lse: Tensor,
     weight_p: Tensor,
-    log_r: Tensor | None,
-    weight_tau: Tensor | None,
+    r: Tensor | None,
+    weight_v: Tensor | None,
 ) -> None:
-    del out, bias, scale, lse, weight_p, log_r, weight_tau
+    del out, bias, scale, lse, weight_p, r, weight_v
     require_fake(rows)

@@ -69,18 +69,18 @@ def tail_sums_kernel(
 
 @triton.jit
 def gradient_kernel(  # noqa: PLR0913
-    rows, out, bias, scale, lse, weight_p, log_r, weight_tau,
+    rows, out, bias, scale, lse, weight_p, r, weight_v,
     width, stride, out_stride, HAS_TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     log_p = _load(rows, bias, tl.load(scale), row, column, width, stride) - tl.load(lse + row)
-    value = tl.exp(log_p) * tl.load(weight_p + row)
+    p = tl.exp(log_p)
+    weight = tl.load(weight_p + row)
     if HAS_TAIL:
-        tau = tl.sigmoid(log_p + tl.load(log_r + row))
-        value -= tau * tl.load(weight_tau + row)
+        weight -= tl.load(weight_v + row) / (1.0 + tl.load(r + row) * p)
     place = out + row * out_stride + column
-    tl.store(place, value.to(out.dtype.element_ty), mask=column < width)
+    tl.store(place, (weight * p).to(out.dtype.element_ty), mask=column < width)
 
 
 def statistics(rows: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,16 +112,16 @@ def gradient(
     scale: Tensor,
     lse: Tensor,
     weight_p: Tensor,
-    log_r: Tensor | None,
-    weight_tau: Tensor | None,
+    r: Tensor | None,
+    weight_v: Tensor | None,
 ) -> None:
     if not rows.numel():
         return
-    has_tail = log_r is not None and weight_tau is not None
+    has_tail = r is not None and weight_v is not None
     grid = (len(rows), triton.cdiv(rows.shape[1], BLOCK))
     gradient_kernel[grid](
         rows, out, bias, scale, lse.contiguous(), weight_p.contiguous(),
-        log_r.contiguous() if has_tail else lse, weight_tau.contiguous() if has_tail else lse,
+        r.contiguous() if has_tail else lse, weight_v.contiguous() if has_tail else lse,
         rows.shape[1], rows.stride(0), out.stride(0),
         HAS_TAIL=has_tail, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -54,6 +54,8 @@ class HeadOptions(NamedTuple):
     """The caller adds the losses up: all of them have one and the same gradient."""
     sum_hidden_grad: bool
     """Sum the gradient of `hidden` over tp; else it is partial on tp."""
+    weight_grad: Tensor | None = None
+    """Where the weight's gradient is added, in the dtype of sums; else autograd gets it."""
 
 
 def tokens_per_chunk(width: int, chunk_size: int | None) -> int:
@@ -103,7 +105,7 @@ class _OfHidden(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.loss, ctx.options = loss, options
         ctx.is_made = options.summed and any(ctx.needs_input_grad[:2])
-        grads = HeadGradients(hidden, weight) if ctx.is_made else None
+        grads = HeadGradients(hidden, weight, options.weight_grad) if ctx.is_made else None
         values, gradients = [], []
         for part, rows in chunks_of_logits(hidden, weight, options.chunk_size):
             value, gradient = loss.evaluate(rows, part)
@@ -125,28 +127,38 @@ class _OfHidden(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *unused: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = (_scaled if ctx.is_made else _made_again)(ctx, upstream)
+        if grad_weight is None:
+            # Of no value, but hooks of the weight wait for it.
+            grad_weight = torch.empty_like(ctx.options.weight_grad, dtype=grad_hidden.dtype)
         if ctx.options.sum_hidden_grad:
             ctx.loss.softmax.vocab.sum_(grad_hidden)
         return grad_hidden, grad_weight, None, None
 
 
-def _scaled(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
     """The gradients that the forward pass made, times the one factor of all losses."""
-    first = upstream[:1]
+    grad_hidden, grad_weight = ctx.saved_tensors
+    # What was added elsewhere was added as it is.
+    first = upstream[:1] if grad_weight is not None else torch.ones_like(upstream[:1])
     # A step that went wrong upstream is for the caller to find: NaN is no broken promise, it stays.
     is_kept = (upstream == first) | upstream.isnan() | first.isnan()
     torch._assert_async(
-        is_kept.all(), "the losses were announced as summed, but their gradients differ"
+        is_kept.all(),
+        "the losses were announced as summed, but their gradients differ, or are not 1 though "
+        "weight_grad has been added to",
     )
     factor = first.sum() + 0 * upstream.sum()
     # In place: a second backward pass through this node raises, as autograd sees the change.
-    return tuple(grad.mul_(factor.to(grad.dtype)) for grad in ctx.saved_tensors)  # type: ignore[return-value]
+    grad_hidden.mul_(factor.to(grad_hidden.dtype))
+    if grad_weight is not None:
+        grad_weight.mul_(factor.to(grad_weight.dtype))
+    return grad_hidden, grad_weight
 
 
-def _made_again(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+def _made_again(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
     hidden, weight, *fields = ctx.saved_tensors
     gradient, loss = Gradient(*fields), ctx.loss
-    grads = HeadGradients(hidden, weight)
+    grads = HeadGradients(hidden, weight, ctx.options.weight_grad)
     for part, rows in chunks_of_logits(hidden, weight, ctx.options.chunk_size):
         of_part = Gradient(*(None if x is None else x[part] for x in gradient))
         loss.write_gradient(rows, rows, of_part, part, upstream[part])
@@ -179,14 +191,17 @@ def _share_rows(weight: Tensor) -> int:
 class HeadGradients:
     """Gradients of hidden (partial on tp) and weight from chunks of logit gradients.
 
-    The weight's accumulates in float32 in place. Matrix products of lower precision round a
-    chunk's share of it once.
+    The weight's accumulates in float32 in place, in `weight_grad` where that is given. Matrix
+    products of lower precision round a chunk's share of it once.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, weight_grad: Tensor | None = None) -> None:
         self.inputs = hidden, weight
         self.hidden = torch.empty_like(hidden)
-        self.weight = torch.zeros_like(weight, dtype=work_dtype(weight))
+        self.is_own = weight_grad is None
+        if weight_grad is None:
+            weight_grad = torch.zeros_like(weight, dtype=work_dtype(weight))
+        self.weight = weight_grad
         self.share = None
         if self.weight.dtype != weight.dtype:
             self.share = torch.empty_like(weight[: _share_rows(weight)])
@@ -202,5 +217,6 @@ class HeadGradients:
             share = self.share[: ids.stop - first]
             self.weight[ids] += torch.mm(rows[:, ids].t(), hidden[part], out=share)
 
-    def finished(self) -> tuple[Tensor, Tensor]:
-        return self.hidden, self.weight.to(self.inputs[1].dtype)
+    def finished(self) -> tuple[Tensor, Tensor | None]:
+        """In the dtypes of the inputs; no weight's where that was added elsewhere."""
+        return self.hidden, self.weight.to(self.inputs[1].dtype) if self.is_own else None

@@ -71,7 +71,7 @@ class VocabSlice:
 
 
 class Gradient(NamedTuple):
-    """Gradient of a token's loss by its logits in [n] scalars: weight_p p - weight_tau tau.
+    """Gradient of a token's loss by its logits in [n] scalars: p (weight_p - weight_v / (1 + r p)).
 
     At the ids x0 and xt it is something else, given as the value it has there.
     """
@@ -80,9 +80,9 @@ class Gradient(NamedTuple):
     weight_p: Tensor
     at_x0: Tensor
     at_xt: Tensor
-    log_r: Tensor | None = None
-    """tau = sigmoid(log p + log_r); absent with `weight_tau` where that is zero."""
-    weight_tau: Tensor | None = None
+    r: Tensor | None = None
+    """Absent with `weight_v` where that is zero."""
+    weight_v: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,10 @@ class SplitSoftmax:
         `ids` are x0 and xt, `upstream` [n] is 1 where absent.
         """
         factor = self.scale if upstream is None else self.scale * upstream
-        weight_tau = None if gradient.weight_tau is None else gradient.weight_tau * factor
+        weight_v = None if gradient.weight_v is None else gradient.weight_v * factor
         self.passes.gradient(
             rows, out, self.bias, self.scale, gradient.lse, gradient.weight_p * factor,
-            gradient.log_r, weight_tau,
+            gradient.r, weight_v,
         )  # fmt: skip
         # By indices: torch's scatter_ copies all of a bfloat16 tensor to float32 and back on CPUs.
         tokens = torch.arange(len(out), device=out.device)
