@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ext.kernels.vocabulary.passes import Implementation, choose, passes_of
+from megatron_ext.kernels.vocabulary.passes import Implementation, choose, is_gpu, passes_of
 from megatron_ext.kernels.vocabulary.projection import HeadOptions, TokenLoss, loss_of_hidden
 from megatron_ext.kernels.vocabulary.split_softmax import Gradient, SplitSoftmax, VocabSlice
 
@@ -53,6 +53,8 @@ def linear_cross_entropy(
         return (nll,), Gradient(lse, in_loss.to(lse.dtype), at_target, at_target)
 
     loss = TokenLoss(softmax, (targets, targets), evaluate)
-    options = HeadOptions(chunk_size, summed, not partial_hidden_grad, weight_grad)
+    options = HeadOptions(
+        chunk_size, summed, not partial_hidden_grad, weight_grad, is_gpu(impl, hidden.device)
+    )
     (nll,) = loss_of_hidden(hidden, weight, loss, options)
     return nll

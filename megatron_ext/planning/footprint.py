@@ -146,5 +146,5 @@ def _loss_bytes(shape: Shape, table: float, tensor: int, tokens: int) -> float:
     """Of the fused loss: a chunk of logits, its share of the head's gradient, the hidden states in
     the loss, and their gradient."""
     width = shape.vocabulary // tensor
-    chunk = min(tokens_per_chunk(width, None), tokens)
+    chunk = min(tokens_per_chunk(width, None, on_gpu=True), tokens)
     return 2 * chunk * width + 2 * table + 4 * shape.hidden * tokens

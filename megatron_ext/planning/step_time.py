@@ -4,7 +4,8 @@
                   matrix is narrow
     attention     FLOPs / (peak x ATTENTION_RATE): two products forward, five backward
     elementwise   bytes that everything else in a layer reads and writes / HBM
-    head          its products, and its passes over the logits / HBM, on the last stage
+    head          its products, its passes over the logits and what chunks add to the weight's
+                  gradient / HBM, on the last stage
     tensor        8 (s b h) (t - 1) / t per layer over NVLink; a quarter more per recomputation
     context       keys and values gathered, their gradients scattered, over NVLink
     pipeline      (p - 1) / (m v) of a stage's work, idle
@@ -20,9 +21,11 @@ of kernels that megatron-core fuses, `OUR_LAYER` what dry runs count in this pro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from megatron_ext.config import ModelConfig
+from megatron_ext.kernels.vocabulary.projection import tokens_per_chunk
 from megatron_ext.planning.footprint import LayerBytes
 from megatron_ext.planning.hardware import Gpu
 from megatron_ext.planning.shapes import Shape, Spread
@@ -50,17 +53,20 @@ class Traffic:
     backward: LayerBytes
     per_parameter: float = 0.0
     """Of the layer's matrices per micro-batch: their gradients are added up."""
+    per_head_parameter: float = 0.0
+    """Of the head per chunk of tokens, for the same reason."""
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(
             self.forward + other.forward,
             self.backward + other.backward,
             self.per_parameter + other.per_parameter,
+            self.per_head_parameter + other.per_head_parameter,
         )
 
 
 FUSED_LAYER = Traffic(LayerBytes(40, 20, 8), LayerBytes(80, 40, 18))
-OUR_LAYER = Traffic(LayerBytes(20, 60, 8), LayerBytes(36, 88, 8), 10.0)
+OUR_LAYER = Traffic(LayerBytes(20, 60, 8), LayerBytes(36, 88, 8), 10.0, 12.0)
 OUR_QK_NORM = Traffic(LayerBytes(0, 12, 0), LayerBytes(0, 32, 0))
 OUR_GATE = Traffic(LayerBytes(0, 0, 14), LayerBytes(0, 0, 22))
 
@@ -126,6 +132,8 @@ def step_time(shape: Shape, spread: Spread, gpu: Gpu, rates: Rates, traffic: Tra
     moved += traffic.per_parameter * shape.layer_parameters / t
     head = 3 * _product(tokens, shape.hidden, shape.vocabulary / t, "bf16", gpu, rates)
     head += tokens * shape.vocabulary / t * LOGIT_BYTES * LOGIT_PASSES / memory
+    chunks = math.ceil(tokens / tokens_per_chunk(shape.vocabulary // t, None, on_gpu=True))
+    head += chunks * traffic.per_head_parameter * shape.vocabulary / t * shape.hidden / memory
     # Stages wait for the last, the more of it the shorter they are themselves.
     head /= spread.pipeline
     link = gpu.link_bandwidth * LINK_RATE

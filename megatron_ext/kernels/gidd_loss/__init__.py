@@ -25,7 +25,7 @@ from megatron_ext.diffusion.objective import GiddLoss, work_dtype
 from megatron_ext.diffusion.schedule import MixingSchedule
 from megatron_ext.kernels.gidd_loss.closed_form import closed_form
 from megatron_ext.kernels.gidd_loss.reference import gidd_loss_reference
-from megatron_ext.kernels.vocabulary.passes import Implementation, choose, passes_of
+from megatron_ext.kernels.vocabulary.passes import Implementation, choose, is_gpu, passes_of
 from megatron_ext.kernels.vocabulary.projection import (
     HeadOptions,
     TokenLoss,
@@ -123,7 +123,9 @@ def linear_gidd_loss(  # noqa: PLR0913
     vocab = VocabSlice.of(len(weight), schedule.vocab_size, schedule.mask_token_id, tp_group)
     softmax = SplitSoftmax.of(vocab, passes_of(impl), hidden, logit_scale)
     loss = _token_loss(softmax, xt, x0, log_snr, schedule, beta_is)
-    options = HeadOptions(chunk_size, summed, not partial_hidden_grad, weight_grad)
+    options = HeadOptions(
+        chunk_size, summed, not partial_hidden_grad, weight_grad, is_gpu(impl, hidden.device)
+    )
     return GiddLoss(*loss_of_hidden(hidden, weight, loss, options))
 
 

@@ -22,7 +22,7 @@ from megatron_ext.diffusion import MixingSchedule
 from megatron_ext.diffusion.objective import dense_gidd_loss
 from megatron_ext.kernels.cross_entropy import linear_cross_entropy
 from megatron_ext.kernels.gidd_loss import gidd_loss, linear_gidd_loss
-from megatron_ext.kernels.vocabulary.projection import HeadGradients, chunks_of_logits
+from megatron_ext.kernels.vocabulary.projection import HeadGradients, HeadOptions, chunks_of_logits
 from megatron_ext.measure import Column, Report, Table, alternate, bench_parser, peak_memory
 from megatron_ext.measure.machine import bytes_in
 from megatron_ext.measure.memory import call_here, call_in_child
@@ -114,8 +114,9 @@ def ways_fused(
 
     def products() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            grads = HeadGradients(*leaves)
-            for part, rows in chunks_of_logits(*leaves, None):
+            options = HeadOptions(None, summed=True, sum_hidden_grad=False)
+            grads = HeadGradients(*leaves, options)
+            for part, rows in chunks_of_logits(*leaves, options):
                 grads.add(rows, part)
             return grads.finished()
 

@@ -77,6 +77,11 @@ def choose(
     return "compiled" if is_worth_it and has_compiler() else "chunked"
 
 
+def is_gpu(impl: Implementation, device: torch.device) -> bool:
+    """Whether memory and time to save are a GPU's, described ones included."""
+    return impl == "described" or device.type != "cpu"
+
+
 def has_compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
