@@ -6,6 +6,7 @@ A study's output folder holds plan.json, configs/, runs/, then runs.csv, fits.js
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,7 +38,7 @@ def launch(
     from megatron_ext.scaling import launch as launching
     from megatron_ext.scaling.ladder import read_plan
 
-    plan, words = read_plan(folder), command.split()
+    plan, words = read_plan(folder), shlex.split(command)
     if mode == "commands":
         print("\n".join(launching.commands(plan, words, retry_failed=retry_failed)))
         return 0

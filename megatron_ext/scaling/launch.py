@@ -116,10 +116,13 @@ def launch_local(
     """Run what is due, `jobs` at a time; True where everything is finished afterwards.
 
     A branch waits for its parent and is left out where the parent did not finish. SIGTERM
-    and SIGINT reach the runs as SIGTERM, at which they save and stop.
+    and SIGINT reach the runs as SIGTERM, at which they save and stop. The cores are shared out
+    unless OMP_NUM_THREADS is set: threads that wait for a core slow each other down.
     """
     if jobs < 1:
         raise ValueError(f"--jobs is {jobs}: give 1 or more.")
+    threads = max(len(os.sched_getaffinity(0)) // jobs, 1)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     waiting, active = due(plan, retry_failed=retry_failed), {}
     by_name = {run.name: run for run in plan.runs}
     stopping = False
@@ -146,6 +149,7 @@ def launch_local(
                     active[run.name] = subprocess.Popen(
                         ["bash", "-c", f"trap : TERM INT; {command_of(run, plan, command)}"],
                         start_new_session=True,
+                        env=environment,
                     )
             time.sleep(0.2)
             for name in [name for name, process in active.items() if process.poll() is not None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "study.yaml").write_text(yaml.safe_dump(study))
     assert "5 runs" in scaling_laws("plan", str(root / "study.yaml"))
     out = root / "out"
-    command = f"{sys.executable} pretrain_diffusion.py"
+    train = f'echo threads $OMP_NUM_THREADS; exec {sys.executable} pretrain_diffusion.py "$@"'
+    command = shlex.join(["bash", "-c", train, "run"])
     shown = scaling_laws("launch", str(out), "--jobs", "2", "--command", command)
     assert "5 finished" in shown
     assert "none diverged" in scaling_laws("collect", str(out))
@@ -86,6 +89,13 @@ def test_annealed_branch_shares_its_parents_steps_and_no_more(folder: Path) -> N
     branch = next(run for run in read_plan(folder).runs if run.parent is not None)
     log = (Path(branch.folder) / "log.txt").read_text()
     assert f"from step {branch.parent_step} to {branch.steps}" in log
+
+
+def test_runs_beside_each_other_share_the_cores(folder: Path) -> None:
+    share = str(max(len(os.sched_getaffinity(0)) // 2, 1))
+    expected = os.environ.get("OMP_NUM_THREADS", share)
+    for run in read_plan(folder).runs:
+        assert f"threads {expected}\n" in (Path(run.folder) / "log.txt").read_text()
 
 
 def test_fit_plot_and_predict_follow(folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 On logits, against the definition in dense PyTorch as it reads (eager and compiled) and torch's
 plain cross-entropy. Fused with the head, against the matrix products alone: the same three
-products of the same chunks of tokens, accumulating the weight's gradient in the same way, with no
-loss between them. Growth is over a factor of 8 in tokens and in vocabulary.
+products of the same chunks of tokens, adding the weight's gradient to the same float32 tensor, as
+in training, with no loss between them; dense forms get a gradient of their own from autograd.
+Growth is over a factor of 8 in tokens and in vocabulary.
 """
 
 from __future__ import annotations
@@ -104,17 +105,21 @@ def ways_on_logits(num_tokens: int, vocab_size: int, dtype: str) -> dict[str, Ca
 def ways_fused(
     num_tokens: int, vocab_size: int, width: int, dtype: str
 ) -> dict[str, Callable[[], Any]]:
-    """A forward and backward pass from hidden states and weight to their gradients, by way."""
+    """A forward and backward pass from hidden states and weight to their gradients, by way.
+
+    All but the dense ones add the weight's to a float32 tensor.
+    """
     rng = torch.Generator().manual_seed(1)
     hidden = torch.randn(num_tokens, width, generator=rng).to(DTYPES[dtype]).requires_grad_()
     weight = (torch.randn(vocab_size, width, generator=rng) / 16).to(DTYPES[dtype])
     leaves = hidden, weight.requires_grad_()
     xt, x0, log_snr = draw_tokens(num_tokens, vocab_size)
     is_masked = xt == MASK_ID
+    total = torch.full((vocab_size, width), 0.0)
 
-    def products() -> tuple[Tensor, Tensor]:
+    def products() -> Any:
         with torch.no_grad():
-            options = HeadOptions(None, summed=True, sum_hidden_grad=False)
+            options = HeadOptions(None, summed=True, sum_hidden_grad=False, weight_grad=total)
             grads = HeadGradients(*leaves, options)
             for part, rows in chunks_of_logits(*leaves, options):
                 grads.add(rows, part)
@@ -123,19 +128,21 @@ def ways_fused(
     def ours(schedule: MixingSchedule, impl: Any, summed: bool = True) -> Callable[[], Any]:
         def run() -> Any:
             loss = linear_gidd_loss(
-                *leaves, xt, x0, log_snr, schedule, summed=summed, impl=impl
-            ).loss  # fmt: skip
+                *leaves, xt, x0, log_snr, schedule, summed=summed, weight_grad=total, impl=impl
+            ).loss
             return torch.autograd.grad(loss.sum(), leaves)
 
         return run
 
     def ours_masked() -> Any:
         rows = (x[is_masked] for x in (xt, x0, log_snr))
-        loss = linear_gidd_loss(hidden[is_masked], weight, *rows, masked(vocab_size), summed=True)
-        return torch.autograd.grad(loss.loss.sum(), leaves)
+        loss = linear_gidd_loss(
+            hidden[is_masked], weight, *rows, masked(vocab_size), summed=True, weight_grad=total
+        ).loss
+        return torch.autograd.grad(loss.sum(), leaves)
 
     def entropy() -> Any:
-        loss = linear_cross_entropy(*leaves, x0, vocab_size, summed=True)
+        loss = linear_cross_entropy(*leaves, x0, vocab_size, summed=True, weight_grad=total)
         return torch.autograd.grad(loss.sum(), leaves)
 
     def dense(loss_of: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
@@ -178,7 +185,8 @@ def bytes_of(kind: str, case: dict[str, Any], way: str) -> int:
     if kind == "logits":
         gradients = case["num_tokens"] * case["vocab_size"]
     else:
-        gradients = (case["num_tokens"] + case["vocab_size"]) * case["width"]
+        is_dense = way.endswith("dense")
+        gradients = (case["num_tokens"] + is_dense * case["vocab_size"]) * case["width"]
     return max(peak_memory(ways[way]) - dtype * gradients, 0)
 
 
