@@ -56,6 +56,9 @@ MESSAGES = LayerBytes(8.0, 0.0, 0.0)
 """What a pipeline stage has received and not yet used, or is still sending."""
 HEAD_HIDDEN = 4.3
 """Bytes per token and hidden width between the last layer and the loss."""
+WHOLE_LOGITS = {"reference": 12.25}
+"""What a loss that holds whole logits needs, over those in float32; measured (docs/performance.md:
+11 to 12 beyond its inputs). The others hold a chunk."""
 WEIGHT, GRADIENT, STATE, FP8_COPIES = 2, 4, 12, 2
 """Bytes per parameter; FP8 copies of a matrix and its transpose, beside the BF16 weight."""
 
@@ -80,11 +83,16 @@ class Footprint:
         return self.weights + self.gradients + self.optimizer + self.activations + self.loss
 
 
-def footprint(model: ModelConfig, vocabulary: int, spread: Spread) -> Footprint:
+def footprint(
+    model: ModelConfig, vocabulary: int, spread: Spread, loss_impl: str = "auto"
+) -> Footprint:
     """Of the first or the last pipeline stage, whichever needs more."""
     shape = Shape.of(model, vocabulary)
-    stages = {0, spread.pipeline - 1}
-    return max((_of_stage(model, shape, spread, stage) for stage in stages), key=lambda x: x.total)
+    whole_logits = WHOLE_LOGITS.get(loss_impl)
+    ends = [
+        _of_stage(model, shape, spread, stage, whole_logits) for stage in {0, spread.pipeline - 1}
+    ]
+    return max(ends, key=lambda x: x.total)
 
 
 def layers_in_flight(spread: Spread, num_layers: int, stage: int) -> float:
@@ -97,7 +105,9 @@ def layers_in_flight(spread: Spread, num_layers: int, stage: int) -> float:
     return own / spread.virtual * chunks
 
 
-def _of_stage(model: ModelConfig, shape: Shape, spread: Spread, stage: int) -> Footprint:
+def _of_stage(
+    model: ModelConfig, shape: Shape, spread: Spread, stage: int, whole_logits: float | None
+) -> Footprint:
     t, is_first, is_last = spread.tensor, stage == 0, stage == spread.pipeline - 1
     tokens = spread.micro_batch * shape.sequence // spread.context
     own_layers = shape.num_layers / spread.pipeline
@@ -118,7 +128,13 @@ def _of_stage(model: ModelConfig, shape: Shape, spread: Spread, stage: int) -> F
     working += max(gradients.of(shape, t) for gradients in BACKWARD) * tokens
     if spread.pipeline > 1:
         working += MESSAGES.of(shape, t) * tokens
-    loss = _loss_bytes(shape, table, t, tokens) if is_last else 0.0
+    loss = 0.0
+    if is_last:
+        loss = (
+            _loss_bytes(shape, table, t, tokens)
+            if whole_logits is None
+            else whole_logits * 4 * tokens * shape.vocabulary / t
+        )
     # Of one group of parameters at a time: matrices, or tables.
     group = max(matrices, parameters - matrices)
     tile = 12 * min(parameters / shards, group, OPTIMIZER_TILE)

@@ -156,7 +156,7 @@ def plan(
         config = _config(base, model, spread)
         if config is None:
             continue
-        memory = footprint(model, vocabulary, spread)
+        memory = footprint(model, vocabulary, spread, base.precision.loss_impl)
         if memory.total * (1 + MEMORY_BAND) + RESERVED_BYTES > gpu.memory_bytes:
             continue
         shape = Shape.of(model, vocabulary, is_causal=base.diffusion.objective == "ar")

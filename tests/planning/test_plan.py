@@ -36,13 +36,13 @@ ROOT = Path(__file__).parents[2]
 
 def run_of(
     world: int = 1, micro: int = 2, count: int = 1, parallel: dict[str, Any] | None = None,
-    **model: Any,
+    loss_impl: str = "auto", **model: Any,
 ) -> tuple[Config, Spread]:  # fmt: skip
     """A run of a middling model; `count` micro-batches."""
     shape = {"num_layers": 4, "hidden_size": 512, "num_attention_heads": 4, "seq_length": 512}
     config = Config().with_sections(
         model=shape | {"vocab_size": 8192} | model, parallel=parallel or {},
-        precision={"bf16": True, "compile_layers": True},
+        precision={"bf16": True, "compile_layers": True, "loss_impl": loss_impl},
     )  # fmt: skip
     batch = micro * count * world // config.parallel.model_parallel_size
     config = config.with_sections(training={"micro_batch_size": micro, "global_batch_size": batch})
@@ -65,6 +65,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "activation": "swiglu",
     },
     "pp2 vpp2": {"world": 2, "micro": 4, "count": 4, "parallel": layout(pp=2, virtual=2)},
+    "dense loss": {"micro": 4, "loss_impl": "reference"},
     "no qk norm": {"micro": 4, "qk_norm": "none", "kv_channels": 64},
 }  # fmt: skip
 
@@ -74,7 +75,7 @@ def test_planned_memory_is_that_of_the_dry_run(name: str) -> None:
     config, spread = run_of(**LAYOUTS[name])
     ends = {0, spread.gpus - 1} if spread.pipeline > 1 else {0}
     runs = [dry_run(config, spread.gpus, rank) for rank in ends]
-    planned = footprint(config.model, config.model.vocab_size, spread)
+    planned = footprint(config.model, config.model.vocab_size, spread, config.precision.loss_impl)
     assert planned.total == pytest.approx(max(run.peak_bytes for run in runs), rel=0.04)
 
 
