@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_ext.diffusion import MixingSchedule
 from megatron_ext.kernels.cross_entropy import linear_cross_entropy
 from megatron_ext.kernels.gidd_loss import bench, linear_gidd_loss
+from megatron_ext.kernels.vocabulary.passes import has_compiler
 from megatron_ext.measure import call_in_child
 from tests.kernels.samples import MASK_ID, draw_normal, draw_tokens
 
@@ -109,6 +110,16 @@ def test_the_fused_losses_never_hold_logits_of_two_chunks(form: str) -> None:
     assert _count(256, "reference").largest == 256 * VOCAB_SIZE
     largest = _count(256, form).largest
     assert CHUNK_SIZE * VOCAB_SIZE <= largest < 2 * CHUNK_SIZE * VOCAB_SIZE
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", ["FP32", "BF16"])
+def test_the_compiled_loss_of_given_logits_writes_nothing_of_their_size(dtype: str) -> None:
+    num_tokens, vocab_size = 256, 16384
+    case = {"num_tokens": num_tokens, "vocab_size": vocab_size, "dtype": dtype}
+    arguments = {"kind": "logits", "case": case, "way": "hybrid, compiled"}
+    size = call_in_child(f"{bench.__name__}:bytes_of", arguments)
+    assert size < 0.1 * 4 * num_tokens * vocab_size
 
 
 def test_the_bench_sees_the_memory_of_its_process() -> None:

@@ -31,6 +31,8 @@ from megatron_ext.measure.memory import call_here, call_in_child
 MASK_ID = 3
 DENSE_TENSORS = 16
 """Of [T, V] in float32 that the dense form holds, generously."""
+DENSE_LOGITS = 1 << 27
+"""Up to which it is timed fused with the head: beyond, a call takes half a minute."""
 DTYPES = {"FP32": torch.float32, "BF16": torch.bfloat16}
 HERE = "megatron_ext.kernels.gidd_loss.bench"
 
@@ -157,11 +159,12 @@ def ways_fused(
         "cross-entropy": entropy,
     }
     available = bytes_in("/proc/meminfo", "MemAvailable")
-    if 4 * DENSE_TENSORS * num_tokens * vocab_size < available:
+    num_logits = num_tokens * vocab_size
+    if num_logits <= DENSE_LOGITS and 4 * DENSE_TENSORS * num_logits < available:
         ways["hybrid, dense"] = dense(
             lambda x: dense_gidd_loss(x, xt, x0, log_snr, hybrid(vocab_size)).loss.sum()
         )
-    if 4 * 5 * num_tokens * vocab_size < available:
+    if 4 * 5 * num_logits < available:
         ways["cross-entropy, dense"] = dense(lambda x: F.cross_entropy(x, x0, reduction="sum"))
     return ways
 

@@ -5,7 +5,8 @@ Each is compiled once per dtype, for all sizes.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from megatron_ext.kernels.vocabulary import passes
 from megatron_ext.kernels.vocabulary.passes import minus_log1p_series
 
-PARTS = 4
-"""Of a row, walked through together in the sums: half as many logarithms, and more to overlap."""
+PARTS = 8
+"""Of a row, summed up together, then over the columns of a part: work to overlap in a processor,
+and one logarithm for two columns, log u + log w = log(u w)."""
 SMALL = 0.1
 """Below, v - log(1 + v) is its series."""
 
@@ -24,29 +26,34 @@ def _logits(rows: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
     return rows.to(bias.dtype) * scale + bias
 
 
+def _pieces(rows: Tensor, bias: Tensor, scale: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """First columns and logits of `PARTS` pieces of all rows."""
+    width = rows.shape[1] // PARTS
+    for first in (i * width for i in range(PARTS)):
+        part = slice(first, first + width)
+        yield first, _logits(rows[:, part], bias[part], scale)
+
+
 def _statistics(rows: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    logits = _logits(rows, bias, scale)
-    peak = logits.amax(-1).clamp_min(torch.finfo(logits.dtype).min)
-    return peak, (logits - peak.unsqueeze(-1)).exp().sum(-1)
+    pieces = [logits for _, logits in _pieces(rows, bias, scale)]
+    peak = reduce(torch.maximum, pieces).amax(-1).clamp_min(torch.finfo(bias.dtype).min)
+    return peak, sum((logits - peak.unsqueeze(-1)).exp() for logits in pieces).sum(-1)  # type: ignore[union-attr]
 
 
 def _tail_sums(
     rows: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, skip: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of columns `PARTS` at a time, a part of the row apart, in pairs: log u + log w = log(u w)."""
-    width = rows.shape[1] // PARTS
     # int32 fills the vector registers that float32 does.
-    column = torch.arange(width, dtype=torch.int32, device=rows.device)
+    column = torch.arange(rows.shape[1] // PARTS, dtype=torch.int32, device=rows.device)
     place, shift = skip.int().unsqueeze(-1), shift.unsqueeze(-1)
     f, tau, product = bias.new_zeros(()), bias.new_zeros(()), None
-    for i in range(PARTS):
-        part = slice(i * width, (i + 1) * width)
-        v = (_logits(rows[:, part], bias[part], scale) + shift).exp()
-        v = torch.where(column + i * width == place, 0.0, v)
+    for first, logits in _pieces(rows, bias, scale):
+        v = torch.where(column + first == place, 0.0, (logits + shift).exp())
         u, is_small = 1 + v, v < SMALL
-        tau = tau + v / u
+        inverse = 1 / u
+        tau = tau + v * inverse
         # log(1 + v) = log u - ((u - 1) - v) / u to the last digit of u.
-        f = f + torch.where(is_small, minus_log1p_series(v), v + ((u - 1) - v) / u)
+        f = f + torch.where(is_small, minus_log1p_series(v), v + ((u - 1) - v) * inverse)
         u = torch.where(is_small, 1.0, u)
         if product is None:
             product = u
@@ -79,27 +86,40 @@ def _gradient(
 
 @cache
 def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    # By default the compiler writes values of many operations to memory before it sums them up.
+    options = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000}
+    return torch.compile(function, dynamic=True, fullgraph=True, options=options)
+
+
+def _whole(rows: Tensor) -> int:
+    """Columns that make up whole parts; 0 where compiling for them is not worth it."""
+    whole = rows.shape[1] // PARTS * PARTS
+    return whole if len(rows) and whole > PARTS else 0
 
 
 def statistics(rows: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    if rows.numel() == 0:
-        return passes.statistics(rows, bias, scale)
-    return _compiled(_statistics)(rows, bias, scale)
+    whole = _whole(rows)
+    if 0 < whole == rows.shape[1]:
+        return _compiled(_statistics)(rows, bias, scale)
+    rest = passes.statistics(rows[:, whole:], bias[whole:], scale)
+    if not whole:
+        return rest
+    most = _compiled(_statistics)(rows, bias, scale)
+    peak = torch.maximum(most[0], rest[0])
+    return peak, most[1] * (most[0] - peak).exp() + rest[1] * (rest[0] - peak).exp()
 
 
 def tail_sums(
     rows: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, skip: Tensor
 ) -> tuple[Tensor, Tensor]:
-    whole = rows.shape[1] // PARTS * PARTS
-    if len(rows) == 0 or whole == PARTS:
-        whole = 0
-    if whole:
-        f, tau = _compiled(_tail_sums)(rows, bias, scale, shift, skip)
-    if whole == rows.shape[1]:
-        return f, tau
+    whole = _whole(rows)
+    if 0 < whole == rows.shape[1]:
+        return _compiled(_tail_sums)(rows, bias, scale, shift, skip)
     rest = passes.tail_sums(rows[:, whole:], bias[whole:], scale, shift, skip - whole)
-    return (f + rest[0], tau + rest[1]) if whole else rest
+    if not whole:
+        return rest
+    most = _compiled(_tail_sums)(rows, bias, scale, shift, skip)
+    return most[0] + rest[0], most[1] + rest[1]
 
 
 def gradient(
