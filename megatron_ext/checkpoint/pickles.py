@@ -13,6 +13,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,17 @@ _KNOWN = {
 }  # fmt: skip
 
 
+def _member(kind: Any, name: str) -> Enum:
+    """What Python 3.11.0 to 3.11.3 pickle a member of an enumeration as: getattr(kind, name)."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"names {name!r} of {kind!r}, which no checkpoint needs")
+    return kind[name]
+
+
 class _PlainMetadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _KNOWN:
             return super().find_class(module, name)

@@ -9,6 +9,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,35 @@ def test_export_refuses_malicious_metadata_by_name(copy: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"\.metadata is refused: it is damaged"):
         StoredParameters(folder)
     assert not (tmp_path / "ran").exists()
+
+
+class AttributePickler(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+class Attribute:
+    """Unpickles as an attribute of a class that is no enumeration."""
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return getattr, (torch.Size, "__subclasses__")
+
+
+def test_metadata_of_early_python_3_11_is_read_and_no_other_attribute(copy: Path) -> None:
+    folder = copy / "iter_0000001"
+    metadata = read_metadata(folder)
+    stream = io.BytesIO()
+    AttributePickler(stream).dump(metadata)
+    assert b"getattr" in stream.getvalue()
+    write(folder, METADATA, stream.getvalue())
+    assert read_metadata(folder) == metadata
+    load(copy)
+    metadata.planner_data = Attribute()
+    write(folder, METADATA, pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="is refused: it names '__subclasses__' of"):
+        read_metadata(folder)
 
 
 def test_plain_values_only_holds_for_those_who_ask_for_more(

@@ -224,23 +224,37 @@ def on_a_disk_of_its_own(rank: int, struck: int, folder: str) -> None:
 
 
 def spike(rank: int, struck: int, forward: int, factor: float) -> None:
-    """The loss of one forward pass of one rank is so many times as large, once."""
-    from torch.nn.modules.module import register_module_forward_hook
+    """The loss weights of one forward pass of one rank are so many times as large, once."""
+    from torch.nn.modules.module import (
+        register_module_forward_hook,
+        register_module_forward_pre_hook,
+    )
 
+    from megatron_ext.diffusion.schedule import MixingSchedule
     from megatron_ext.model.diffusion_model import OutputHead
 
-    passes = 0
+    class Heavy(MixingSchedule):
+        def loss_weight(self, *tokens: Any) -> Any:
+            return factor * super().loss_weight(*tokens)
 
-    def hook(module: Any, inputs: Any, output: Any) -> Any:
+    passes, usual = 0, None
+
+    def before(module: Any, inputs: Any) -> None:
         del inputs
-        nonlocal passes
-        if not isinstance(module, OutputHead):
-            return None
-        passes += 1
-        return output._replace(loss=output.loss * factor) if passes == forward else None
+        nonlocal passes, usual
+        if isinstance(module, OutputHead):
+            passes, usual = passes + 1, module.schedule
+            if passes == forward:
+                module.schedule = Heavy(**vars(usual))
+
+    def after(module: Any, inputs: Any, output: Any) -> None:
+        del inputs, output
+        if isinstance(module, OutputHead):
+            module.schedule = usual
 
     if rank == struck:
-        register_module_forward_hook(hook)
+        register_module_forward_pre_hook(before)
+        register_module_forward_hook(after)
 
 
 def losses(save: Path) -> dict[int, tuple[float, float]]:

@@ -51,7 +51,7 @@ def test_nothing_is_judged_where_nobody_asked() -> None:
 
 
 def spiked_run(root: Path, action: str) -> Path:
-    """Thirteen steps on two ranks; half of the eleventh batch has a loss 40 times as large."""
+    """Thirteen steps on two ranks; half of the eleventh batch counts 40 times as much."""
     run = root / action / "run"
     flags = [
         *FLAGS, *MOCK, *folders(run), "--train-iters", str(STEPS), "--save-interval", "4",
