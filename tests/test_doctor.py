@@ -38,7 +38,9 @@ def run(*python: str, **environment: str) -> tuple[int, list[dict[str, str]]]:
         [sys.executable, *python, "-m", "megatron_ext.doctor", "--json"],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
     )  # fmt: skip
-    assert not done.stderr, done.stderr
+    # What a CUDA build of torch says on a machine without a GPU.
+    said = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert not said, said
     return done.returncode, json.loads(done.stdout)
 
 
