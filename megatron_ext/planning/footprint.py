@@ -88,10 +88,7 @@ def footprint(
 ) -> Footprint:
     """Of the first or the last pipeline stage, whichever needs more."""
     shape = Shape.of(model, vocabulary)
-    whole_logits = WHOLE_LOGITS.get(loss_impl)
-    ends = [
-        _of_stage(model, shape, spread, stage, whole_logits) for stage in {0, spread.pipeline - 1}
-    ]
+    ends = (_of_stage(model, shape, spread, i, loss_impl) for i in {0, spread.pipeline - 1})
     return max(ends, key=lambda x: x.total)
 
 
@@ -106,7 +103,7 @@ def layers_in_flight(spread: Spread, num_layers: int, stage: int) -> float:
 
 
 def _of_stage(
-    model: ModelConfig, shape: Shape, spread: Spread, stage: int, whole_logits: float | None
+    model: ModelConfig, shape: Shape, spread: Spread, stage: int, loss_impl: str
 ) -> Footprint:
     t, is_first, is_last = spread.tensor, stage == 0, stage == spread.pipeline - 1
     tokens = spread.micro_batch * shape.sequence // spread.context
@@ -128,13 +125,7 @@ def _of_stage(
     working += max(gradients.of(shape, t) for gradients in BACKWARD) * tokens
     if spread.pipeline > 1:
         working += MESSAGES.of(shape, t) * tokens
-    loss = 0.0
-    if is_last:
-        loss = (
-            _loss_bytes(shape, table, t, tokens)
-            if whole_logits is None
-            else whole_logits * 4 * tokens * shape.vocabulary / t
-        )
+    loss = _loss_bytes(shape, table, t, tokens, loss_impl) if is_last else 0.0
     # Of one group of parameters at a time: matrices, or tables.
     group = max(matrices, parameters - matrices)
     tile = 12 * min(parameters / shards, group, OPTIMIZER_TILE)
@@ -158,9 +149,11 @@ def _of_stage(
     )
 
 
-def _loss_bytes(shape: Shape, table: float, tensor: int, tokens: int) -> float:
-    """Of the fused loss: a chunk of logits, its share of the head's gradient, the hidden states in
+def _loss_bytes(shape: Shape, table: float, tensor: int, tokens: int, loss_impl: str) -> float:
+    """Of a fused loss: a chunk of logits, its share of the head's gradient, the hidden states in
     the loss, and their gradient."""
     width = shape.vocabulary // tensor
+    if loss_impl in WHOLE_LOGITS:
+        return WHOLE_LOGITS[loss_impl] * 4 * tokens * width
     chunk = min(tokens_per_chunk(width, None, on_gpu=True), tokens)
     return 2 * chunk * width + 2 * table + 4 * shape.hidden * tokens

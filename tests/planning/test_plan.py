@@ -93,10 +93,10 @@ def test_the_optimizers_tile_is_the_planned_one() -> None:
 def test_planned_traffic_of_a_layer_is_what_its_operations_move(changes: dict[str, Any]) -> None:
     few, many = (
         run_of(
-            num_layers=layers,
+            world=2,
             micro=8,
             parallel=layout(2, sequence_parallel=True),
-            world=2,
+            num_layers=layers,
             **changes,
         )  # fmt: skip
         for layers in (1, 3)
