@@ -74,6 +74,17 @@ def test_a_gpus_products_are_the_formulas_and_what_its_kernels_make_again(
         assert run.flops[kind].get("recompute", 0) == pytest.approx(again.get(kind, 0), rel=1e-3)
 
 
+@pytest.mark.parametrize("num_layers", [2, 4])
+@pytest.mark.parametrize("num_microbatches", [1, 3])
+def test_the_host_waits_between_backward_pass_and_update_alone(
+    num_layers: int, num_microbatches: int
+) -> None:
+    """For megatron-core's number of tokens, the gradient norm and the loss: once for each step."""
+    batch = {"micro_batch_size": 1, "global_batch_size": num_microbatches}
+    config = small(model={"num_layers": num_layers}, training=batch)
+    assert dry_run(config, 1).host_reads == 3
+
+
 def test_products_agree_with_torchs_counter_on_a_real_step(single_rank: None) -> None:
     config = small(precision=DENSE)
     with FlopCounterMode(display=False) as counter:
