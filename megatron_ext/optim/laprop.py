@@ -1,4 +1,4 @@
-"""LaProp with decoupled weight decay, and AdamW, on all parameters at once.
+"""LaProp with decoupled weight decay, and AdamW, in one pass over the parameters.
 
 LaProp (arXiv 2002.04839) normalises the gradient before it averages it. The stored averages are
 already free of start-up bias: with t counted from 1 and b^_i = 1 - (1 - b_i) / (1 - b_i^t),
@@ -6,9 +6,9 @@ already free of start-up bias: with t counted from 1 and b^_i = 1 - (1 - b_i) / 
     nu <- b^_2 nu + (1 - b^_2) g^2        mu <- b^_1 mu + (1 - b^_1) g / (sqrt(nu) + eps)
     p  <- p - lr (mu + weight_decay p)
 
-An update runs through tiles of parameters, a dozen operations each. On a CPU tiles stay in
-cache, so that parameters, gradients and averages cross the memory bus once; on a GPU they are large
-and bound the memory of temporaries.
+On a CPU torch.compile makes an update one loop over parameters, gradients and averages. Elsewhere,
+and where that is not worth compiling, it runs through tiles of parameters, a dozen operations each:
+on a CPU they stay in cache, on a GPU they are large and bound the memory of temporaries.
 
 State per parameter is `exp_avg` and `exp_avg_sq`, float32 (float64 for float64 parameters); `step`
 is kept in the parameter group, as fused optimizers do and megatron-core's distributed optimizer
@@ -17,21 +17,30 @@ expects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from megatron_ext.kernels.vocabulary.passes import has_compiler
 
 TILE_ELEMENTS = 1 << 17
 """Of a tile on a CPU: 512 KiB each of parameter, gradient, averages and temporaries."""
 GPU_TILE_ELEMENTS = 1 << 26
 """Of a tile elsewhere: the temporaries, 12 bytes per element, stay below 1 GiB however many
 parameters a rank updates."""
+COMPILED_FROM = 1 << 23
+"""Elements in all from which on compiling (seconds, once) is worth it on a CPU."""
+
+Factor = float | Tensor
+"""A number that may differ between steps; a float64 scalar tensor where the update is compiled."""
 
 
 class _GroupedOptimizer(torch.optim.AdamW):
-    """Foreach updates of all parameters of a group; `step` in the group.
+    """Updates of all parameters of a group; `step` in the group.
 
     It is an AdamW by type alone: megatron-core's distributed optimizer accepts nothing else, for
     the sake of the state's names. Nothing of torch's AdamW runs.
@@ -96,97 +105,94 @@ class _GroupedOptimizer(torch.optim.AdamW):
             group["step"] += 1
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
+                gradients = [p.grad for p in parameters]
                 averages = [self.state[p]["exp_avg"] for p in parameters]
                 squares = [self.state[p]["exp_avg_sq"] for p in parameters]
-                gradients = [p.grad for p in parameters]
-                is_cpu = parameters[0].device.type == "cpu"
-                size = self.tile_elements or (TILE_ELEMENTS if is_cpu else GPU_TILE_ELEMENTS)
-                for tile in _tiles(size, parameters, gradients, averages, squares):
-                    self._step_tile(group, *tile)
+                self._step_group(group, parameters, gradients, averages, squares)
         return loss
 
-    def _step_tile(
-        self,
-        group: dict,
-        parameters: list[Tensor],
-        gradients: list[Tensor],
-        averages: list[Tensor],
-        squares: list[Tensor],
-    ) -> None:
-        gradients = [g.to(a.dtype) for g, a in zip(gradients, averages, strict=True)]
-        steps = self._update(group, gradients, averages, squares)
-        if group["weight_decay"] != 0:
-            for step, parameter in zip(steps, parameters, strict=True):
-                step.add_(parameter, alpha=group["weight_decay"])
-        _subtract(parameters, steps, group["lr"])
+    def _step_group(self, group: dict[str, Any], *tensors: list[Tensor]) -> None:
+        factors: tuple[Factor, ...] = (
+            *self._factors(group), group["weight_decay"], group["lr"],
+        )  # fmt: skip
+        if self._is_compiled():
+            factors = tuple(torch.tensor(x, dtype=torch.float64) for x in factors)
+            for members in zip(*tensors, strict=True):
+                # Detached, or a tensor of another number of dimensions is compiled again.
+                _compiled(self._advance)(*(x.view(-1).detach() for x in members), factors)
+            return
+        is_cpu = tensors[0][0].device.type == "cpu"
+        size = self.tile_elements or (TILE_ELEMENTS if is_cpu else GPU_TILE_ELEMENTS)
+        for members in zip(*tensors, strict=True):
+            for tile in zip(*(x.view(-1).split(size) for x in members), strict=True):
+                _update(self._advance, *tile, factors)
 
-    def _update(
-        self, group: dict, gradients: list[Tensor], averages: list[Tensor], squares: list[Tensor]
-    ) -> list[Tensor]:
-        """Advance the averages in place; returns new tensors with the step before lr and decay."""
+    def _is_compiled(self) -> bool:
+        """Of all groups alike: they share what is compiled."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return (
+            all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)
+            and not any(isinstance(p, FakeTensor) for p in parameters)
+            and sum(p.numel() for p in parameters) >= COMPILED_FROM
+            and has_compiler()
+        )
+
+    def _factors(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """The numbers that `_advance` gets."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _advance(grad: Tensor, average: Tensor, square: Tensor, *factors: Any) -> Tensor:
+        """Advance the averages in place; returns the step before lr and decay, to be read only."""
         raise NotImplementedError
 
 
-def _tiles(size: int, *tensors: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The lists cut alike, into pieces of at most `size` elements in all."""
-    tile: list[tuple[Tensor, ...]] = []
-    room = size
-    for members in zip(*tensors, strict=True):
-        # A view where the tensor is contiguous, as everything here is.
-        flat = [x.view(-1) for x in members]
-        first, length = 0, flat[0].numel()
-        while first < length:
-            last = min(first + room, length)
-            tile.append(tuple(x[first:last] for x in flat))
-            room -= last - first
-            first = last
-            if room == 0:
-                yield tuple(map(list, zip(*tile, strict=True)))
-                tile, room = [], size
-    if tile:
-        yield tuple(map(list, zip(*tile, strict=True)))
-
-
-def _subtract(parameters: list[Tensor], steps: list[Tensor], lr: float) -> None:
-    if parameters[0].dtype == steps[0].dtype:
-        torch._foreach_add_(parameters, steps, alpha=-lr)
-        return
+def _update(
+    advance: Callable[..., Tensor],
+    parameter: Tensor,
+    grad: Tensor,
+    average: Tensor,
+    square: Tensor,
+    factors: tuple[Any, ...],
+) -> None:
+    *others, decay, lr = factors
+    move = advance(grad.to(average.dtype), average, square, *others)
+    step = (move + parameter.to(move.dtype) * decay) * lr
     # The reference rounds the update, then the sum, to the parameter's dtype.
-    torch._foreach_mul_(steps, -lr)
-    torch._foreach_add_(parameters, [s.to(p.dtype) for s, p in zip(steps, parameters, strict=True)])
+    parameter.sub_(step.to(parameter.dtype))
+
+
+@cache
+def _compiled(advance: Callable[..., Tensor]) -> Callable[..., None]:
+    # On all threads, however small the tensor is that it is compiled for.
+    options = {"cpp.min_chunk_size": 1}
+    return torch.compile(partial(_update, advance), dynamic=True, fullgraph=True, options=options)
 
 
 class LaProp(_GroupedOptimizer):
     """LaProp; arguments as in the module's formula."""
 
-    def _update(
-        self, group: dict, gradients: list[Tensor], averages: list[Tensor], squares: list[Tensor]
-    ) -> list[Tensor]:
-        new_mean, new_square = ((1 - b) / (1 - b ** group["step"]) for b in group["betas"])
-        torch._foreach_mul_(squares, 1 - new_square)
-        torch._foreach_addcmul_(squares, gradients, gradients, value=new_square)
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_add_(roots, group["eps"])
-        normalised = torch._foreach_div(gradients, roots)
-        torch._foreach_mul_(averages, 1 - new_mean)
-        torch._foreach_add_(averages, normalised, alpha=new_mean)
-        return [average.clone() for average in averages]
+    def _factors(self, group: dict[str, Any]) -> tuple[float, ...]:
+        new = [(1 - b) / (1 - b ** group["step"]) for b in group["betas"]]
+        return *new, *(1 - x for x in new), group["eps"]
+
+    @staticmethod
+    def _advance(grad: Tensor, average: Tensor, square: Tensor, *factors: Any) -> Tensor:
+        new_mean, new_square, old_mean, old_square, eps = factors
+        square.mul_(old_square).add_(grad * new_square * grad)
+        return average.mul_(old_mean).add_(grad * new_mean / (square.sqrt() + eps))
 
 
 class AdamW(_GroupedOptimizer):
     """AdamW, numerically torch's, with `step` in the group."""
 
-    def _update(
-        self, group: dict, gradients: list[Tensor], averages: list[Tensor], squares: list[Tensor]
-    ) -> list[Tensor]:
-        mean, square = group["betas"]
-        correction = [1 - b ** group["step"] for b in group["betas"]]
-        torch._foreach_lerp_(averages, gradients, 1 - mean)
-        torch._foreach_mul_(squares, square)
-        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - square)
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, correction[1] ** 0.5)
-        torch._foreach_add_(roots, group["eps"])
-        steps = torch._foreach_div(averages, roots)
-        torch._foreach_div_(steps, correction[0])
-        return steps
+    def _factors(self, group: dict[str, Any]) -> tuple[float, ...]:
+        mean, square = (1 - b ** group["step"] for b in group["betas"])
+        return *group["betas"], *(1 - b for b in group["betas"]), mean, square**0.5, group["eps"]
+
+    @staticmethod
+    def _advance(grad: Tensor, average: Tensor, square: Tensor, *factors: Any) -> Tensor:
+        old_mean, old_square, new_mean, new_square, mean_share, square_share_root, eps = factors
+        average.mul_(old_mean).add_(grad * new_mean)
+        square.mul_(old_square).add_(grad * new_square * grad)
+        return average / (square.sqrt() / square_share_root + eps) / mean_share

@@ -234,7 +234,7 @@ def profile_case(case: dict[str, Any]) -> dict[str, float]:
 
 
 def cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Model x vocabulary x precision."""
+    """Model x vocabulary x precision; models but the first at the first vocabulary alone."""
     if arguments.quick:
         shared = {"sequences": SEQUENCES, "repetitions": 1, "max_seconds": 10, "square": 128}
         ways = [x for x in WAYS if "compiled" not in x]
@@ -249,6 +249,7 @@ def cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for name in arguments.models
         for vocab_size in arguments.vocab_sizes
         for precision in arguments.precisions
+        if arguments.models[0] == name or arguments.vocab_sizes[0] == vocab_size
     ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ext.kernels.vocabulary.passes import has_compiler
 from megatron_ext.optim import AdamW, LaProp, laprop
 from megatron_ext.optim.build import apply_schedule, schedule_of
 from megatron_ext.optim.groups import param_class
@@ -133,6 +134,26 @@ def test_tiles_do_not_change_a_bit(
         updated(kind(cut, lr=0.01, weight_decay=0.1), cut, range(3)), expected, strict=True
     ):
         assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize("kind", [LaProp, AdamW])
+def test_the_compiled_update_is_the_update(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once, for all sizes and steps: no number of a step is built in."""
+    plain, compiled = parameters(2, torch.float32), parameters(2, torch.float32)
+    first, second = (kind(x, lr=0.01, weight_decay=0.1) for x in (plain, compiled))
+    torch._dynamo.utils.counters.clear()
+    for step, (lr, decay, eps) in enumerate([(0.01, 0.1, 1e-8), (0.3, 0.0, 0.5), (0.02, 0.7, 0.1)]):
+        for optimizer in (first, second):
+            optimizer.param_groups[0].update(lr=lr, weight_decay=decay, eps=eps)
+        monkeypatch.setattr(laprop, "COMPILED_FROM", 1 << 40)
+        expected = updated(first, plain, range(step, step + 1))
+        monkeypatch.setattr(laprop, "COMPILED_FROM", 0)
+        for one, other in zip(
+            updated(second, compiled, range(step, step + 1)), expected, strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("kind", [LaProp, AdamW])
