@@ -17,7 +17,7 @@ expects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -35,12 +35,14 @@ parameters a rank updates."""
 COMPILED_FROM = 1 << 23
 """Elements in all from which on compiling (seconds, once) is worth it on a CPU."""
 
+Tensors = list[Tensor]
 Factor = float | Tensor
-"""A number that may differ between steps; a float64 scalar tensor where the update is compiled."""
+"""A number that may differ between steps; a float64 scalar tensor where the update is compiled.
+None may be added: torch.compile takes `_foreach_add_` of a scalar tensor for one of a constant."""
 
 
 class _GroupedOptimizer(torch.optim.AdamW):
-    """Updates of all parameters of a group; `step` in the group.
+    """Foreach updates of all parameters of a group; `step` in the group.
 
     It is an AdamW by type alone: megatron-core's distributed optimizer accepts nothing else, for
     the sake of the state's names. Nothing of torch's AdamW runs.
@@ -111,21 +113,19 @@ class _GroupedOptimizer(torch.optim.AdamW):
                 self._step_group(group, parameters, gradients, averages, squares)
         return loss
 
-    def _step_group(self, group: dict[str, Any], *tensors: list[Tensor]) -> None:
-        factors: tuple[Factor, ...] = (
-            *self._factors(group), group["weight_decay"], group["lr"],
-        )  # fmt: skip
+    def _step_group(self, group: dict[str, Any], *tensors: Tensors) -> None:
+        factors: list[Factor] = [*self._factors(group), group["weight_decay"], group["lr"]]
         if self._is_compiled():
-            factors = tuple(torch.tensor(x, dtype=torch.float64) for x in factors)
+            factors = [torch.tensor(x, dtype=torch.float64) for x in factors]
             for members in zip(*tensors, strict=True):
                 # Detached, or a tensor of another number of dimensions is compiled again.
-                _compiled(self._advance)(*(x.view(-1).detach() for x in members), factors)
+                flat = ([x.view(-1).detach()] for x in members)
+                _compiled(self._advance)(*flat, group["eps"], factors)
             return
         is_cpu = tensors[0][0].device.type == "cpu"
         size = self.tile_elements or (TILE_ELEMENTS if is_cpu else GPU_TILE_ELEMENTS)
-        for members in zip(*tensors, strict=True):
-            for tile in zip(*(x.view(-1).split(size) for x in members), strict=True):
-                _update(self._advance, *tile, factors)
+        for tile in _tiles(size, *tensors):
+            _update(self._advance, *tile, group["eps"], factors)
 
     def _is_compiled(self) -> bool:
         """Of all groups alike: they share what is compiled."""
@@ -142,28 +142,55 @@ class _GroupedOptimizer(torch.optim.AdamW):
         raise NotImplementedError
 
     @staticmethod
-    def _advance(grad: Tensor, average: Tensor, square: Tensor, *factors: Any) -> Tensor:
+    def _advance(
+        gradients: Tensors, averages: Tensors, squares: Tensors, eps: float, *factors: Any
+    ) -> Tensors:
         """Advance the averages in place; returns the step before lr and decay, to be read only."""
         raise NotImplementedError
 
 
+def _tiles(size: int, *tensors: Tensors) -> Iterator[tuple[Tensors, ...]]:
+    """The lists cut alike, into pieces of at most `size` elements in all."""
+    tile: list[tuple[Tensor, ...]] = []
+    room = size
+    for members in zip(*tensors, strict=True):
+        # A view where the tensor is contiguous, as everything here is.
+        flat = [x.view(-1) for x in members]
+        first, length = 0, flat[0].numel()
+        while first < length:
+            last = min(first + room, length)
+            tile.append(tuple(x[first:last] for x in flat))
+            room -= last - first
+            first = last
+            if room == 0:
+                yield tuple(map(list, zip(*tile, strict=True)))
+                tile, room = [], size
+    if tile:
+        yield tuple(map(list, zip(*tile, strict=True)))
+
+
 def _update(
-    advance: Callable[..., Tensor],
-    parameter: Tensor,
-    grad: Tensor,
-    average: Tensor,
-    square: Tensor,
-    factors: tuple[Any, ...],
+    advance: Callable[..., Tensors],
+    parameters: Tensors,
+    gradients: Tensors,
+    averages: Tensors,
+    squares: Tensors,
+    eps: float,
+    factors: list[Factor],
 ) -> None:
     *others, decay, lr = factors
-    move = advance(grad.to(average.dtype), average, square, *others)
-    step = (move + parameter.to(move.dtype) * decay) * lr
+    gradients = [g.to(a.dtype) for g, a in zip(gradients, averages, strict=True)]
+    moves = advance(gradients, averages, squares, eps, *others)
+    steps = [p.to(m.dtype) for p, m in zip(parameters, moves, strict=True)]
+    steps = torch._foreach_mul(steps, decay)
+    torch._foreach_add_(steps, moves)
+    torch._foreach_mul_(steps, lr)
     # The reference rounds the update, then the sum, to the parameter's dtype.
-    parameter.sub_(step.to(parameter.dtype))
+    torch._foreach_sub_(parameters, [s.to(p.dtype) for s, p in zip(steps, parameters, strict=True)])
 
 
 @cache
-def _compiled(advance: Callable[..., Tensor]) -> Callable[..., None]:
+def _compiled(advance: Callable[..., Tensors]) -> Callable[..., None]:
     # On all threads, however small the tensor is that it is compiled for.
     options = {"cpp.min_chunk_size": 1}
     return torch.compile(partial(_update, advance), dynamic=True, fullgraph=True, options=options)
@@ -174,13 +201,20 @@ class LaProp(_GroupedOptimizer):
 
     def _factors(self, group: dict[str, Any]) -> tuple[float, ...]:
         new = [(1 - b) / (1 - b ** group["step"]) for b in group["betas"]]
-        return *new, *(1 - x for x in new), group["eps"]
+        return *new, *(1 - x for x in new)
 
     @staticmethod
-    def _advance(grad: Tensor, average: Tensor, square: Tensor, *factors: Any) -> Tensor:
-        new_mean, new_square, old_mean, old_square, eps = factors
-        square.mul_(old_square).add_(grad * new_square * grad)
-        return average.mul_(old_mean).add_(grad * new_mean / (square.sqrt() + eps))
+    def _advance(
+        gradients: Tensors, averages: Tensors, squares: Tensors, eps: float, *factors: Any
+    ) -> Tensors:
+        new_mean, new_square, old_mean, old_square = factors
+        torch._foreach_mul_(squares, old_square)
+        torch._foreach_addcmul_(squares, torch._foreach_mul(gradients, new_square), gradients)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_add_(roots, eps)
+        torch._foreach_mul_(averages, old_mean)
+        torch._foreach_addcdiv_(averages, torch._foreach_mul(gradients, new_mean), roots)
+        return averages
 
 
 class AdamW(_GroupedOptimizer):
@@ -188,11 +222,20 @@ class AdamW(_GroupedOptimizer):
 
     def _factors(self, group: dict[str, Any]) -> tuple[float, ...]:
         mean, square = (1 - b ** group["step"] for b in group["betas"])
-        return *group["betas"], *(1 - b for b in group["betas"]), mean, square**0.5, group["eps"]
+        return *group["betas"], *(1 - b for b in group["betas"]), mean, square**0.5
 
     @staticmethod
-    def _advance(grad: Tensor, average: Tensor, square: Tensor, *factors: Any) -> Tensor:
-        old_mean, old_square, new_mean, new_square, mean_share, square_share_root, eps = factors
-        average.mul_(old_mean).add_(grad * new_mean)
-        square.mul_(old_square).add_(grad * new_square * grad)
-        return average / (square.sqrt() / square_share_root + eps) / mean_share
+    def _advance(
+        gradients: Tensors, averages: Tensors, squares: Tensors, eps: float, *factors: Any
+    ) -> Tensors:
+        old_mean, old_square, new_mean, new_square, mean_share, square_share_root = factors
+        torch._foreach_mul_(averages, old_mean)
+        torch._foreach_add_(averages, torch._foreach_mul(gradients, new_mean))
+        torch._foreach_mul_(squares, old_square)
+        torch._foreach_addcmul_(squares, torch._foreach_mul(gradients, new_square), gradients)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, square_share_root)
+        torch._foreach_add_(roots, eps)
+        moves = torch._foreach_div(averages, roots)
+        torch._foreach_div_(moves, mean_share)
+        return moves

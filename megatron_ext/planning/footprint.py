@@ -126,9 +126,9 @@ def _of_stage(
     if spread.pipeline > 1:
         working += MESSAGES.of(shape, t) * tokens
     loss = _loss_bytes(shape, table, t, tokens, loss_impl) if is_last else 0.0
-    # Of one tensor at a time.
-    largest = max(max(map(math.prod, shape.products)) / t, table * (is_first or is_last))
-    tile = 12 * min(parameters / shards, largest, OPTIMIZER_TILE)
+    # Of one group of parameters at a time: matrices, or tables.
+    group = max(matrices, parameters - matrices)
+    tile = 12 * min(parameters / shards, group, OPTIMIZER_TILE)
     head = HEAD_HIDDEN * shape.hidden * tokens if is_last else 0.0
     own = own_layers / spread.virtual * saved.of(shape, t) * tokens
     candidates = {

@@ -139,11 +139,14 @@ def test_tiles_do_not_change_a_bit(
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize("kind", [LaProp, AdamW])
 def test_the_compiled_update_is_the_update(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled once, for all sizes and steps: no number of a step is built in."""
+    """Compiled once for all sizes and steps, and again for another eps."""
     plain, compiled = parameters(2, torch.float32), parameters(2, torch.float32)
     first, second = (kind(x, lr=0.01, weight_decay=0.1) for x in (plain, compiled))
+    graphs = []
     torch._dynamo.utils.counters.clear()
-    for step, (lr, decay, eps) in enumerate([(0.01, 0.1, 1e-8), (0.3, 0.0, 0.5), (0.02, 0.7, 0.1)]):
+    for step, (lr, decay, eps) in enumerate(
+        [(0.01, 0.1, 1e-8), (0.3, 0.0, 1e-8), (0.02, 0.7, 1e-8), (0.02, 0.7, 0.5)]
+    ):
         for optimizer in (first, second):
             optimizer.param_groups[0].update(lr=lr, weight_decay=decay, eps=eps)
         monkeypatch.setattr(laprop, "COMPILED_FROM", 1 << 40)
@@ -153,7 +156,8 @@ def test_the_compiled_update_is_the_update(kind: type, monkeypatch: pytest.Monke
             updated(second, compiled, range(step, step + 1)), expected, strict=True
         ):
             torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[2] == 1 and graphs[3] <= 2
 
 
 @pytest.mark.parametrize("kind", [LaProp, AdamW])
