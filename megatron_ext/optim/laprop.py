@@ -103,6 +103,7 @@ class _GroupedOptimizer(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self.initialize_state()
+        is_compiled = self._is_compiled()
         for group in self.param_groups:
             group["step"] += 1
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -110,12 +111,12 @@ class _GroupedOptimizer(torch.optim.AdamW):
                 gradients = [p.grad for p in parameters]
                 averages = [self.state[p]["exp_avg"] for p in parameters]
                 squares = [self.state[p]["exp_avg_sq"] for p in parameters]
-                self._step_group(group, parameters, gradients, averages, squares)
+                self._step_group(group, is_compiled, parameters, gradients, averages, squares)
         return loss
 
-    def _step_group(self, group: dict[str, Any], *tensors: Tensors) -> None:
+    def _step_group(self, group: dict[str, Any], is_compiled: bool, *tensors: Tensors) -> None:
         factors: list[Factor] = [*self._factors(group), group["weight_decay"], group["lr"]]
-        if self._is_compiled():
+        if is_compiled:
             factors = [torch.tensor(x, dtype=torch.float64) for x in factors]
             for members in zip(*tensors, strict=True):
                 # Detached, or a tensor of another number of dimensions is compiled again.
@@ -128,7 +129,7 @@ class _GroupedOptimizer(torch.optim.AdamW):
             _update(self._advance, *tile, group["eps"], factors)
 
     def _is_compiled(self) -> bool:
-        """Of all groups alike: they share what is compiled."""
+        """Of all groups alike, as they share what is compiled."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         return (
             all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)

@@ -76,10 +76,10 @@ def test_a_gpus_products_are_the_formulas_and_what_its_kernels_make_again(
 
 @pytest.mark.parametrize("num_layers", [2, 4])
 @pytest.mark.parametrize("num_microbatches", [1, 3])
-def test_the_host_waits_between_backward_pass_and_update_alone(
+def test_the_host_waits_three_times_per_step_however_much_is_in_it(
     num_layers: int, num_microbatches: int
 ) -> None:
-    """For megatron-core's number of tokens, the gradient norm and the loss: once for each step."""
+    """For megatron-core's number of tokens, the gradient norm and the loss."""
     batch = {"micro_batch_size": 1, "global_batch_size": num_microbatches}
     config = small(model={"num_layers": num_layers}, training=batch)
     assert dry_run(config, 1).host_reads == 3
